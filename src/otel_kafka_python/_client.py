@@ -1,0 +1,214 @@
+"""kafka-python's insides, and what differs between its versions.
+
+This is the only module that touches anything private of kafka-python. Nothing
+in it asks the network or a name server: what the client has not learned yet is
+None. kafka-python is imported when it is first needed, because the launcher
+loads our entry points where it is not installed, too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+_DEFAULT_PORT = 9092
+
+# Before this version of the broker's protocol records have no headers, and
+# `send` refuses them.
+_FIRST_VERSION_WITH_HEADERS = (0, 11)
+
+# Where the names that kafka-python gives to the broker's errors are not, or not
+# in all of its versions, those of the Kafka protocol.
+_KAFKA_ERROR_NAMES = {
+    -1: "UNKNOWN_SERVER_ERROR",
+    6: "NOT_LEADER_OR_FOLLOWER",
+    10: "MESSAGE_TOO_LARGE",
+    14: "COORDINATOR_LOAD_IN_PROGRESS",
+    15: "COORDINATOR_NOT_AVAILABLE",
+    16: "NOT_COORDINATOR",
+    17: "INVALID_TOPIC_EXCEPTION",
+    39: "INVALID_REPLICA_ASSIGNMENT",
+}
+_REQUEST_TIMED_OUT = 7
+
+
+class Server(NamedTuple):
+    """A broker, as the client addresses it."""
+
+    address: str
+    port: int
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the address is an IP literal rather than a name."""
+        try:
+            ipaddress.ip_address(self.address)
+        except ValueError:
+            return False
+        return True
+
+
+@dataclass(slots=True)
+class Client:
+    """What is known of one producer or consumer.
+
+    It holds no reference to the client itself: it is a value of a dictionary
+    that has the client as its weak key.
+    """
+
+    client_id: str | None = None
+    group: str | None = None
+    bootstrap: Server | None = None
+    sends_headers: bool = True
+    cluster: weakref.ref[Any] | None = None
+    refreshed: object = None
+    # What others have worked out from these facts and the cluster's metadata;
+    # dropped when the metadata is refreshed.
+    derived: dict[Any, Any] = field(default_factory=dict)
+    # Set while a `__next__` of the client runs, whose own `poll` is part of it:
+    # "next" for an operation of its own, "iteration" for one step of a loop.
+    advancing: str | None = None
+
+    def metadata(self) -> Any:
+        """kafka-python's ClusterMetadata of the client, or None."""
+        return None if self.cluster is None else self.cluster()
+
+    @property
+    def cluster_id(self) -> str | None:
+        """The cluster's id from its metadata (2.1 and later)."""
+        cluster_id = getattr(self.metadata(), "cluster_id", None)
+        return cluster_id if isinstance(cluster_id, str) else None
+
+    def leader(self, topic: str, partition: int | None) -> Server | None:
+        """The leader of a partition, if the client's metadata knows it."""
+        cluster = self.metadata()
+        if cluster is None or partition is None:
+            return None
+        from kafka.structs import TopicPartition  # noqa: PLC0415 (see the top)
+
+        node = cluster.leader_for_partition(TopicPartition(topic, partition))
+        broker = None if node in (None, -1) else cluster.broker_metadata(node)
+        return Server(broker.host, broker.port) if broker else None
+
+
+class Clients:
+    """The `Client` of each live producer and consumer."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Any, Client] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def get(self, instance: Any) -> Client:
+        """The facts of a producer or consumer, up to date with its metadata."""
+        client = self._known.get(instance)
+        if client is None:
+            client = self._known[instance] = _describe(instance)
+        refreshed = getattr(client.metadata(), "_last_successful_refresh_ms", None)
+        if refreshed != client.refreshed:
+            client.refreshed = refreshed
+            client.sends_headers = _sends_headers(instance)
+            client.derived = {}
+        return client
+
+
+def _describe(instance: Any) -> Client:
+    config = instance.config
+    # The producer has its cluster's metadata, the consumer that of its client.
+    cluster = getattr(instance, "_metadata", None)
+    if cluster is None:
+        cluster = getattr(getattr(instance, "_client", None), "cluster", None)
+    return Client(
+        client_id=config.get("client_id"),
+        group=config.get("group_id"),
+        bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
+        sends_headers=_sends_headers(instance),
+        cluster=None if cluster is None else weakref.ref(cluster),
+    )
+
+
+def _sends_headers(instance: Any) -> bool:
+    version = instance.config.get("api_version")
+    return not isinstance(version, tuple) or version >= _FIRST_VERSION_WITH_HEADERS
+
+
+def parse_bootstrap_servers(servers: Any) -> Server | None:
+    """The first of the configured bootstrap servers.
+
+    Args:
+        servers: As kafka-python takes it: "host:port", several of these with
+            commas, or a collection of such, each perhaps behind "PROTOCOL://",
+            an IPv6 address in brackets.
+    """
+    entries = servers.split(",") if isinstance(servers, str) else servers
+    for entry in entries or ():
+        address = re.sub("^.*://", "", entry.strip())
+        bracketed = re.fullmatch(r"\[(.+)\](?::(\d+))?", address)
+        named = re.fullmatch(r"([^:]+)(?::(\d+))?", address)
+        if match := bracketed or named:
+            return Server(match[1], int(match[2] or _DEFAULT_PORT))
+        return Server(address, _DEFAULT_PORT)
+    return None
+
+
+def argument(
+    args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str
+) -> Any:
+    """What a call was given for a parameter, or None."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether this `poll` is the one that iteration makes inside itself."""
+    return argument(args, kwargs, 2, "update_offsets") is False
+
+
+def when_done(future: Any, callback: Callable[[Any], None]) -> None:
+    """Call back once with the RecordMetadata or the exception of a future.
+
+    A future that is done already calls back at once.
+    """
+    future.add_both(callback)
+
+
+def pending_partition(future: Any) -> int | None:
+    """The partition that `send` chose, before the broker has acknowledged."""
+    partition = future._produce_future.topic_partition.partition
+    return partition if isinstance(partition, int) else None
+
+
+def is_tombstone(future: Any) -> bool:
+    """Whether the record of a future that has no result has a null value."""
+    _, _, _, _, value_size, _ = future.args
+    return bool(value_size == -1)
+
+
+def error_type(error: BaseException) -> str:
+    """Kafka's name of an error where it has one, else the name of its class."""
+    code = _error_code(error)
+    if code is not None:
+        name = _KAFKA_ERROR_NAMES.get(code) or getattr(error, "message", None)
+        if isinstance(name, str):
+            return name
+    return type(error).__qualname__
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether an error that ended a pending send is the broker's own answer.
+
+    Up to 2.1 a batch that expires in the client fails with the broker's error
+    for a time-out, so that one says nothing of where it is from.
+    """
+    return _error_code(error) not in (None, _REQUEST_TIMED_OUT)
+
+
+def _error_code(error: BaseException) -> int | None:
+    """The number that the Kafka protocol has for an error, if it has one."""
+    from kafka.errors import BrokerResponseError  # noqa: PLC0415 (see the top)
+
+    code = error.errno if isinstance(error, BrokerResponseError) else None
+    return code if isinstance(code, int) else None

@@ -1,0 +1,42 @@
+"""What happens where OpenTelemetry's contrib package for kafka-python is active too.
+
+Both at once would trace every message twice, so this one takes over.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from otel_kafka_python._safety import logger, report
+
+_CONTRIB_MODULE = "opentelemetry.instrumentation.kafka"
+
+
+def take_over() -> bool:
+    """Uninstrument the contrib package if it is active.
+
+    Returns:
+        Whether it was.
+    """
+    try:
+        # If nobody has imported it, it cannot be active.
+        instrumentor_class = getattr(
+            sys.modules.get(_CONTRIB_MODULE), "KafkaInstrumentor", None
+        )
+        if instrumentor_class is None:
+            return False
+        instrumentor = instrumentor_class()
+        if not instrumentor.is_instrumented_by_opentelemetry:
+            return False
+        instrumentor.uninstrument()
+    except Exception:
+        report("take over from opentelemetry-instrumentation-kafka-python")
+        return False
+    logger.warning(
+        "opentelemetry-instrumentation-kafka-python was active, too, and would have "
+        "traced every message twice; otel-kafka-python has taken over. To be rid of "
+        "this warning, uninstall opentelemetry-instrumentation-kafka-python or set "
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=kafka; to keep the other, set "
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=kafka_python"
+    )
+    return True

@@ -1,0 +1,131 @@
+"""The settings: one frozen object, read once from keywords and the environment.
+
+This is the only module that reads environment variables.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import Any
+
+from opentelemetry.trace import Span
+
+from otel_kafka_python._safety import logger
+
+ProduceHook = Callable[[Span, tuple[Any, ...], dict[str, Any]], object]
+"""`produce_hook(span, args, kwargs)`: the send span, and the arguments of `send`."""
+
+ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
+"""`consume_hook(span, record, args, kwargs)`: the span that accounts for `record`."""
+
+_VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
+_LINK_LIMIT_VARIABLE = "OTEL_SPAN_LINK_COUNT_LIMIT"
+_DEFAULT_LINK_LIMIT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What `instrument()` was asked for. The defaults suit a production service.
+
+    Each field but the hooks is a keyword of `instrument()` and an environment
+    variable: `send_spans` is `OTEL_PYTHON_KAFKA_SEND_SPANS`.
+    """
+
+    produce_hook: ProduceHook | None = None
+    consume_hook: ConsumeHook | None = None
+    excluded_topics: tuple[str, ...] = ()
+    propagation: bool = True
+    send_spans: bool = True
+    receive_spans: bool = True
+    process_spans: bool = True
+    capture_message_key: bool = True
+    # The SDK keeps the newest links up to its own limit; building more is waste.
+    link_limit: int = _DEFAULT_LINK_LIMIT
+
+    def excludes(self, topic: str) -> bool:
+        """Whether `topic` matches one of the globs of `excluded_topics`."""
+        return any(
+            re.fullmatch(translate(glob), topic) for glob in self.excluded_topics
+        )
+
+
+def load(
+    keywords: Mapping[str, object], environ: Mapping[str, str] = os.environ
+) -> Config:
+    """Build the settings; a keyword wins over its environment variable.
+
+    Args:
+        keywords: What `instrument()` was called with; None is "not given".
+        environ: The environment variables.
+
+    Returns:
+        The settings. A malformed or unknown one is left at its default, with one
+        warning that names it; nothing is raised.
+    """
+    given = {name: value for name, value in keywords.items() if value is not None}
+    settings: dict[str, Any] = {"link_limit": _link_limit(environ)}
+    for name, parse in _PARSERS.items():
+        variable = _VARIABLE_PREFIX + name.upper()
+        if name in given:
+            source, value = f"the keyword {name}", given.pop(name)
+        elif parse is not _hook and environ.get(variable, "").strip():
+            source, value = variable, environ[variable]
+        else:
+            continue
+        try:
+            settings[name] = parse(value)
+        except ValueError as error:
+            logger.warning(
+                "%s is %r, but should be %s; the default, %s, is used instead",
+                source,
+                value,
+                error,
+                getattr(Config(), name) or "none",
+            )
+    for name in given:
+        logger.warning("instrument() has no keyword %s; it is ignored", name)
+    return Config(**settings)
+
+
+def _hook(value: object) -> Callable[..., object]:
+    if not callable(value):
+        raise ValueError("a callable")  # noqa: TRY004 (as for all malformed settings)
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise ValueError("true or false")
+
+
+def _globs(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(glob.strip() for glob in value.split(",") if glob.strip())
+    if isinstance(value, Iterable):
+        globs = tuple(value)
+        if all(isinstance(glob, str) for glob in globs):
+            return globs
+    raise ValueError("globs: comma-separated, or a list of str")
+
+
+def _link_limit(environ: Mapping[str, str]) -> int:
+    # The SDK's own variable: the SDK itself reports a malformed one.
+    value = environ.get(_LINK_LIMIT_VARIABLE, "").strip()
+    return int(value) if value.isdecimal() else _DEFAULT_LINK_LIMIT
+
+
+_PARSERS: dict[str, Callable[[object], object]] = {
+    "produce_hook": _hook,
+    "consume_hook": _hook,
+    "excluded_topics": _globs,
+    "propagation": _boolean,
+    "send_spans": _boolean,
+    "receive_spans": _boolean,
+    "process_spans": _boolean,
+    "capture_message_key": _boolean,
+}

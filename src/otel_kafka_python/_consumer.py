@@ -1,0 +1,270 @@
+"""`poll`, `next` and iteration: receive spans, and who opens process spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opentelemetry.trace import SpanKind
+
+from otel_kafka_python._client import Client, is_inner_poll
+from otel_kafka_python._messages import (
+    Record,
+    account_for,
+    shared_partition,
+    shared_topic,
+)
+from otel_kafka_python._operation import (
+    POLL,
+    Operation,
+    Telemetry,
+    count_messages,
+    end_abandoned,
+)
+from otel_kafka_python._processing import Records, Scope, ScopedIterator, process
+from otel_kafka_python._safety import call_hook, report
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class ConsumerWrappers:
+    """The wrappers of KafkaConsumer's methods.
+
+    Args:
+        telemetry: What the instrumentation works with.
+    """
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.telemetry = telemetry
+        # What stands on the class for `__next__`, once it is patched.
+        self.next_layer: Any = None
+
+    def poll(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+        """Wrap `KafkaConsumer.poll` ("Receive" spans)."""
+        client = self._client_to_trace(instance)
+        if client is None or client.advancing == "next":
+            return wrapped(*args, **kwargs)
+        started = time.time_ns()
+        try:
+            polled = wrapped(*args, **kwargs)
+        except BaseException as error:
+            self._fail(client, started, error)
+            raise
+        try:
+            if is_inner_poll(args, kwargs):
+                self._measure(client, started, polled)
+            else:
+                self._receive_batch(client, started, polled)
+        except Exception:
+            report("trace a poll")
+        return polled
+
+    def advance(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap `KafkaConsumer.__next__` when it is called directly."""
+        client = self._client_to_trace(instance)
+        if client is None or client.advancing is not None:
+            return wrapped(*args, **kwargs)
+        started = time.time_ns()
+        client.advancing = "next"
+        try:
+            record = wrapped(*args, **kwargs)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._fail(client, started, error)
+            raise
+        finally:
+            client.advancing = None
+        try:
+            self.receive_one(client, started, record, measured=True)
+        except Exception:
+            report("trace the receipt of a record")
+        return record
+
+    def iterate(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap `KafkaConsumer.__iter__`."""
+        plain = wrapped(*args, **kwargs)
+        if not self.telemetry.active:
+            return plain
+        try:
+            return ConsumerIterator(self, instance, plain)
+        except Exception:
+            report("trace an iteration")
+            return plain
+
+    def _client_to_trace(self, instance: Any) -> Client | None:
+        try:
+            if self.telemetry.is_enabled():
+                end_abandoned()
+                return self.telemetry.client(instance)
+        except Exception:
+            report("trace a consumer")
+        return None
+
+    def _fail(self, client: Client, started: int, error: BaseException) -> None:
+        """Trace a poll or `next` that raised."""
+        try:
+            facts = self.telemetry.facts(client, POLL, None, None)
+            if facts is None:
+                return
+            span = None
+            if self.telemetry.config.receive_spans:
+                span = self.telemetry.start_span(facts, SpanKind.CLIENT, started, {})
+            operation = Operation(facts, span, started)
+            operation.fail(error)
+            operation.end()
+        except Exception:
+            report("trace a poll")
+
+    def _traced(self, client: Client, polled: Any) -> dict[Any, Sequence[Record]]:
+        """What a poll returned, without the excluded topics."""
+        return {
+            partition: records
+            for partition, records in polled.items()
+            if records and self.telemetry.facts(client, POLL, *partition) is not None
+        }
+
+    def _measure(self, client: Client, started: int, polled: Any) -> None:
+        """Measure the poll that iteration makes inside itself.
+
+        It fetches ahead, so it accounts for no message yet.
+        """
+        ended = time.time_ns()
+        partitions = list(self._traced(client, polled))
+        if not partitions:
+            return
+        topics = {topic for topic, _ in partitions}
+        facts = self.telemetry.facts(
+            client,
+            POLL,
+            partitions[0][0] if len(topics) == 1 else None,
+            partitions[0][1] if len(partitions) == 1 else None,
+        )
+        if facts is not None:
+            Operation(facts, None, started).end(ended=ended)
+
+    def _receive_batch(self, client: Client, started: int, polled: Any) -> None:
+        ended = time.time_ns()
+        telemetry = self.telemetry
+        traced = self._traced(client, polled)
+        records = [record for batch in traced.values() for record in batch]
+        if not records:
+            return
+        facts = telemetry.facts(
+            client, POLL, shared_topic(records), shared_partition(records)
+        )
+        if facts is None:
+            return
+        span = None
+        if telemetry.config.receive_spans:
+            account = account_for(telemetry.config, records, batch=True)
+            span = telemetry.start_span(
+                facts,
+                SpanKind.CLIENT,
+                started,
+                account.attributes,
+                links=account.links,
+            )
+        Operation(facts, span, started).end(ended=ended)
+        for partition, batch in traced.items():
+            of_partition = telemetry.facts(client, POLL, *partition)
+            if of_partition is not None:
+                count_messages(of_partition, len(batch), span)
+            polled[partition] = Records(telemetry, client, batch)
+
+    def receive_one(
+        self, client: Client, started: int, record: Record, *, measured: bool
+    ) -> None:
+        """Trace that a single record is handed over and no loop processes it.
+
+        Args:
+            client: The consumer.
+            started: When it was asked for, in nanoseconds since the epoch.
+            record: The record.
+            measured: Whether this is an operation of its own.
+        """
+        telemetry, config = self.telemetry, self.telemetry.config
+        facts = telemetry.facts(client, POLL, record.topic, record.partition)
+        if facts is None:
+            return
+        ended = time.time_ns()
+        span = None
+        if config.receive_spans:
+            account = account_for(config, [record], batch=False)
+            span = telemetry.start_span(
+                facts,
+                SpanKind.CLIENT,
+                started,
+                account.attributes,
+                links=account.links,
+            )
+            if span is not None and config.consume_hook is not None:
+                call_hook("consume_hook", config.consume_hook, span, record, (), {})
+        Operation(facts, span, started).end(ended=ended, measured=measured)
+        count_messages(facts, 1, span)
+
+
+class ConsumerIterator(ScopedIterator):
+    """What `iter(consumer)` gives: the consumer's own iteration, in scopes.
+
+    It goes on after a time-out as the consumer does, and has the consumer's
+    other attributes.
+
+    Args:
+        wrappers: The wrappers of the consumer's class.
+        consumer: The consumer.
+        plain: What its own `__iter__` returned, in general the consumer itself.
+    """
+
+    __slots__ = ("_client", "_consumer", "_next", "_started", "_wrappers")
+
+    def __init__(self, wrappers: ConsumerWrappers, consumer: Any, plain: Any) -> None:
+        super().__init__()
+        self._wrappers = wrappers
+        self._consumer = consumer
+        self._client = wrappers.telemetry.client(consumer)
+        self._started = 0
+        layer = wrappers.next_layer
+        found = next(
+            vars(each)["__next__"]
+            for each in type(plain).__mro__
+            if "__next__" in vars(each)
+        )
+        if layer is not None and found is layer:
+            # Nothing stands above our own wrapper, which has nothing to do here.
+            self._next = layer.__wrapped__.__get__(plain, type(plain))
+        else:
+            self._next = plain.__next__
+
+    def _advance(self) -> Record:
+        self._started = time.time_ns()
+        self._client.advancing = "iteration"
+        try:
+            return self._next()
+        finally:
+            self._client.advancing = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+    def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:
+        wrappers, telemetry = self._wrappers, self._wrappers.telemetry
+        if not telemetry.is_enabled():
+            return None
+        end_abandoned()
+        client = telemetry.client(self._consumer)
+        if not (by_loop and telemetry.config.process_spans):
+            wrappers.receive_one(client, self._started, record, measured=False)
+            return process(telemetry, client, record) if by_loop else None
+        scope = process(telemetry, client, record)
+        facts = telemetry.facts(client, POLL, record.topic, record.partition)
+        if facts is not None:
+            count_messages(facts, 1, None if scope is None else scope.span)
+        return scope

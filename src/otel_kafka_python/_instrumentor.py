@@ -1,0 +1,140 @@
+"""The instrumentor, and what the launcher calls."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Collection, Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
+    BaseInstrumentor,
+)
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import TracerProvider
+
+from otel_kafka_python import _coexistence, _config, _operation, _patches, _processing
+from otel_kafka_python._config import ConsumeHook, ProduceHook
+from otel_kafka_python._operation import Telemetry
+from otel_kafka_python._patches import Layer
+from otel_kafka_python._safety import report
+from otel_kafka_python.package import _instruments_any
+
+
+class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untyped
+    """Traces and measures kafka-python's producers and consumers.
+
+    A singleton, like every instrumentor: each call of the class gives the same
+    object, so that nothing is kept in `__init__`.
+    """
+
+    _telemetry: Telemetry | None = None
+    _layers: list[Layer] = []  # noqa: RUF012 (replaced, never changed)
+
+    def instrumentation_dependencies(self) -> Collection[str]:
+        """The requirement on the installed one of the distributions of `kafka`."""
+        for requirement in _instruments_any:
+            try:
+                distribution(requirement.split(" ", 1)[0])
+            except PackageNotFoundError:
+                continue
+            return (requirement,)
+        return _instruments_any[:1]
+
+    def instrument(
+        self,
+        *,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        produce_hook: ProduceHook | None = None,
+        consume_hook: ConsumeHook | None = None,
+        excluded_topics: str | Iterable[str] | None = None,
+        propagation: bool | None = None,
+        send_spans: bool | None = None,
+        receive_spans: bool | None = None,
+        process_spans: bool | None = None,
+        capture_message_key: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Trace all producers and consumers, those that live already, too.
+
+        What is not given is read from the environment variable that has the
+        keyword's name in capitals after `OTEL_PYTHON_KAFKA_`. A malformed value
+        is reported by one warning, and the default stands. Instrumenting twice
+        does nothing but say so. Set the providers first: then what is still on
+        its way at the interpreter's exit is ended before they shut down.
+
+        Args:
+            tracer_provider: Makes the spans; the global one by default.
+            meter_provider: Makes the metrics; the global one by default.
+            produce_hook: Called as `produce_hook(span, args, kwargs)` with each
+                send span, after its creation and before the headers are built.
+            consume_hook: Called as `consume_hook(span, record, args, kwargs)` once
+                for each record with the span that accounts for it alone.
+            excluded_topics: Globs of topics that are left alone: no spans, no
+                metrics, no injection.
+            propagation: Whether messages that are sent carry the context.
+                Default: true.
+            send_spans: Whether `send` makes spans. Default: true.
+            receive_spans: Whether `poll` and `next` make spans. Default: true.
+            process_spans: Whether loops over records make spans. Default: true.
+            capture_message_key: Whether spans have the key of their message.
+                Default: true.
+            **kwargs: `skip_dep_check` and `raise_exception_on_conflict`, as
+                every instrumentor takes them.
+        """
+        super().instrument(
+            tracer_provider=tracer_provider,
+            meter_provider=meter_provider,
+            produce_hook=produce_hook,
+            consume_hook=consume_hook,
+            excluded_topics=excluded_topics,
+            propagation=propagation,
+            send_spans=send_spans,
+            receive_spans=receive_spans,
+            process_spans=process_spans,
+            capture_message_key=capture_message_key,
+            **kwargs,
+        )
+
+    def _instrument(self, **kwargs: Any) -> None:
+        # An exception here would keep the launcher from loading the
+        # instrumentations that come after this one.
+        try:
+            self._build(**kwargs)
+        except Exception:
+            report("instrument kafka-python")
+
+    def _build(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        **settings: Any,
+    ) -> None:
+        config = _config.load(settings)
+        _coexistence.take_over()
+        telemetry = Telemetry(config, tracer_provider, meter_provider)
+        self._layers = _patches.apply(telemetry)
+        self._telemetry = telemetry
+        _processing.use(telemetry)
+        # Exit handlers run last in, first out: this one before that of a provider
+        # that was set before.
+        atexit.unregister(_operation.end_all)
+        atexit.register(_operation.end_all)
+
+    def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
+        if self._telemetry is not None:
+            self._telemetry.active = False
+            self._telemetry = None
+        _processing.use(None)
+        _patches.revert(self._layers)
+        self._layers = []
+
+
+def take_over() -> None:
+    """Take over from the contrib package once the launcher has loaded everything.
+
+    Where that package was loaded after this one, it is outermost then.
+    """
+    if KafkaPythonInstrumentor().is_instrumented_by_opentelemetry:
+        _coexistence.take_over()

@@ -1,0 +1,388 @@
+"""Operations: what one is made from, and the one way in which it ends.
+
+The span and the metrics of an operation share its start and its end, so both
+are given explicitly, in nanoseconds since the epoch, and both are recorded
+here, by `Operation.end`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.trace import (
+    Link,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    TracerProvider,
+    set_span_in_context,
+)
+
+from otel_kafka_python import _client, _coexistence
+from otel_kafka_python._attributes import (
+    Attributes,
+    client_attributes,
+    legal_topic,
+    operation_attributes,
+    partition_id,
+    peer_attributes,
+    span_name,
+)
+from otel_kafka_python._client import Client, Clients
+from otel_kafka_python._config import Config
+from otel_kafka_python._metrics import Metrics
+from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import (
+    ERROR_TYPE,
+    MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_OPERATION_TYPE,
+    OUTCOME_UNKNOWN,
+    SCHEMA_URL,
+)
+from otel_kafka_python.package import __version__
+
+
+class Kind(NamedTuple):
+    """A kind of operation: `messaging.operation.name` and `.type` (Operation types)."""
+
+    name: str
+    type: str
+
+
+SEND = Kind("send", "send")
+POLL = Kind("poll", "receive")
+PROCESS = Kind("process", "process")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is the same for every operation of a kind on one topic and partition."""
+
+    topic: str | None
+    name: str
+    attributes: Attributes  # of a span, at its creation
+    measured: Attributes  # of the duration
+    counted: Attributes  # of the messages
+    duration: Histogram | None
+    messages: Counter | None
+    by_partition: dict[int, tuple[Attributes, Attributes]] = field(default_factory=dict)
+
+    def metric_attributes(self, partition: int | None) -> tuple[Attributes, Attributes]:
+        """`measured` and `counted`, with a partition that was learned later."""
+        if partition is None:
+            return self.measured, self.counted
+        known = self.by_partition.get(partition)
+        if known is None:
+            added = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+            known = {**self.measured, **added}, {**self.counted, **added}
+            self.by_partition[partition] = known
+        return known
+
+
+class Telemetry:
+    """What all wrappers of one `instrument()` share.
+
+    Args:
+        config: The settings.
+        tracer_provider: The tracer provider; the global one if None.
+        meter_provider: The meter provider; the global one if None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        self.config = config
+        self.clients = Clients()
+        self.active = True
+        self._metrics = Metrics(meter_provider)
+        self._tracer = trace.get_tracer(
+            "otel_kafka_python", __version__, tracer_provider, SCHEMA_URL
+        )
+
+    def is_enabled(self) -> bool:
+        """Whether operations are traced now: not uninstrumented, not suppressed."""
+        return self.active and is_instrumentation_enabled()
+
+    def client(self, instance: object) -> Client:
+        """The facts of a producer or consumer, or empty ones if they fail us."""
+        try:
+            client = self.clients.get(instance)
+            if not client.derived:
+                # New, or its metadata was refreshed: seldom, and soon enough to
+                # notice the contrib package if it was instrumented after us.
+                _coexistence.take_over()
+            return client
+        except Exception:
+            report("read the configuration of a client")
+            return Client()
+
+    def facts(
+        self, client: Client, kind: Kind, topic: str | None, partition: int | None
+    ) -> Facts | None:
+        """What is known in advance of an operation.
+
+        Args:
+            client: Who performs it.
+            kind: What is done.
+            topic: The topic that all messages share, or None.
+            partition: The partition that all messages share, or None.
+
+        Returns:
+            The facts, or None if the topic is excluded.
+        """
+        facts: Facts | None
+        try:
+            facts = client.derived[kind, topic, partition]
+        except KeyError:
+            name = legal_topic(topic)
+            excluded = name is not None and self.config.excludes(name)
+            facts = (
+                None if excluded else self._build_facts(client, kind, name, partition)
+            )
+            # What is no name of a topic is never kept: there is no end of them.
+            if name == topic:
+                client.derived[kind, topic, partition] = facts
+        return facts
+
+    def _build_facts(
+        self, client: Client, kind: Kind, topic: str | None, partition: int | None
+    ) -> Facts:
+        leader = None if topic is None else client.leader(topic, partition)
+        server = leader or client.bootstrap
+        measured = operation_attributes(
+            kind.name, kind.type, topic, partition, client.group, server
+        )
+        counted = {k: v for k, v in measured.items() if k != MESSAGING_OPERATION_TYPE}
+        attributes = {
+            **measured,
+            **client_attributes(client.client_id, client.cluster_id),
+        }
+        if kind is POLL and leader is not None and leader.is_ip:
+            attributes.update(peer_attributes(leader))
+        instruments = self._metrics.instruments()
+        duration = messages = None
+        if instruments is not None:
+            duration = instruments.operation_duration
+            if kind is PROCESS:
+                duration, measured = instruments.process_duration, counted
+            messages = {
+                SEND: instruments.sent_messages,
+                POLL: instruments.consumed_messages,
+            }.get(kind)
+        return Facts(
+            topic,
+            span_name(kind.name, topic),
+            attributes,
+            measured,
+            counted,
+            duration,
+            messages,
+        )
+
+    def start_span(
+        self,
+        facts: Facts,
+        kind: SpanKind,
+        started: int,
+        attributes: Attributes,
+        *,
+        context: Context | None = None,
+        links: Sequence[Link] = (),
+    ) -> Span | None:
+        """Start a span, or return None if that fails.
+
+        Args:
+            facts: What is known of its operation.
+            kind: The kind of the span.
+            started: When the operation started, in nanoseconds since the epoch.
+            attributes: What it has besides those of `facts`.
+            context: The context with its parent; the current one if None.
+            links: Its links.
+        """
+        try:
+            return self._tracer.start_span(
+                facts.name,
+                context,
+                kind,
+                {**facts.attributes, **attributes},
+                links,
+                started,
+                record_exception=False,
+                set_status_on_exception=False,
+            )
+        except Exception:
+            report("start a span")
+            return None
+
+
+class Operation:
+    """An operation that has started, may fail, and ends once.
+
+    Args:
+        facts: What was known of it in advance.
+        span: Its span, or None where it has none and is only measured.
+        started: When it started, in nanoseconds since the epoch.
+    """
+
+    __slots__ = ("_process", "ended", "error_type", "facts", "span", "started")
+
+    def __init__(self, facts: Facts, span: Span | None, started: int) -> None:
+        self.facts = facts
+        self.span = span
+        self.started = started
+        self.ended = False
+        self.error_type: str | None = None
+        self._process = _process
+
+    def fail(self, error: BaseException | None) -> None:
+        """Record why the operation fails (Recording errors); it goes on until its end.
+
+        Args:
+            error: The exception, or None if nobody will ever know the outcome.
+        """
+        try:
+            self.error_type = (
+                OUTCOME_UNKNOWN if error is None else _client.error_type(error)
+            )
+            span = self.span
+            if span is None or not span.is_recording():
+                return
+            span.set_attribute(ERROR_TYPE, self.error_type)
+            message = "the outcome is unknown" if error is None else str(error)
+            span.set_status(Status(StatusCode.ERROR, message))
+            if error is not None:
+                span.record_exception(error)
+        except Exception:
+            report("record an error")
+
+    def end(
+        self,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        ended: int | None = None,
+        measured: bool = True,
+        partition: int | None = None,
+        messages: int = 0,
+    ) -> None:
+        """End the span, measure the duration and count the messages, once.
+
+        Args:
+            attributes: What the span has learned since its creation.
+            ended: The end, in nanoseconds since the epoch; now if None.
+            measured: False if the duration belongs to an operation around it.
+            partition: The partition, if it was not known in advance.
+            messages: How many messages to count.
+        """
+        # Nothing between the question and the answer lets another thread in.
+        if self.ended:
+            return
+        self.ended = True
+        # After a fork the child has copies of what the parent has started, and
+        # the parent ends them.
+        if self._process is not _process:
+            return
+        ended = time.time_ns() if ended is None else ended
+        span = self.span
+        if span is not None:
+            try:
+                try:
+                    if attributes and span.is_recording():
+                        span.set_attributes(attributes)
+                finally:
+                    span.end(ended)
+            except Exception:
+                report("end a span")
+        facts = self.facts
+        if facts.duration is None or not measured:
+            return
+        try:
+            of_duration, of_messages = facts.metric_attributes(partition)
+            if self.error_type is not None:
+                of_duration = {**of_duration, ERROR_TYPE: self.error_type}
+                of_messages = {**of_messages, ERROR_TYPE: self.error_type}
+            context = None if span is None else set_span_in_context(span)
+            seconds = max(ended - self.started, 0) / 1e9
+            facts.duration.record(seconds, of_duration, context)
+            if messages and facts.messages is not None:
+                facts.messages.add(messages, of_messages, context)
+        except Exception:
+            report("record a metric")
+
+    def abandon(self, ended: int) -> None:
+        """End an operation that nothing will end any more.
+
+        Args:
+            ended: When that was found out, in nanoseconds since the epoch.
+        """
+        self.end(ended=ended)
+
+
+def count_messages(facts: Facts, messages: int, span: Span | None = None) -> None:
+    """Count messages that were handed over without an operation of their own."""
+    if facts.messages is None:
+        return
+    try:
+        context = None if span is None else set_span_in_context(span)
+        facts.messages.add(messages, facts.counted, context)
+    except Exception:
+        report("record a metric")
+
+
+# What a finaliser found without an end, and when. It must not end it itself: a
+# collection can strike while this thread is inside the SDK, whose locks are not
+# reentrant.
+_abandoned: deque[tuple[Operation, int]] = deque()
+
+# One object for each process, so that a forked child knows what is not its own.
+_process = object()
+
+
+def leave_behind(operation: Operation) -> None:
+    """Have an operation that was dropped ended later; safe in a finaliser."""
+    if not operation.ended:
+        _abandoned.append((operation, time.time_ns()))
+
+
+def end_abandoned() -> None:
+    """End what finalisers have left behind; called as each operation begins."""
+    while _abandoned:
+        try:
+            operation, ended = _abandoned.popleft()
+        except IndexError:  # another thread was faster
+            return
+        operation.abandon(ended)
+
+
+def end_all() -> None:
+    """End all operations, because the interpreter exits."""
+    end_abandoned()
+    # Asking the garbage collector for them costs nothing until now, which a
+    # register of all messages in flight would.
+    ended = time.time_ns()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Operation):
+            thing.abandon(ended)
+
+
+def _after_fork_in_child() -> None:
+    global _process  # noqa: PLW0603 (it is the process's)
+    _process = object()
+    _abandoned.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,42 @@
+"""How a failure of telemetry is kept away from the application.
+
+Whatever this package calls that is not kafka-python (the OpenTelemetry API and
+the SDK behind it, propagators, hooks) may raise. Such a call stands in a `try`
+whose `except` calls `report`: the failure is logged once for each kind, not
+once for each message, and the application goes on as without this package.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("otel_kafka_python")
+
+_reported: set[tuple[str, type[BaseException] | None]] = set()
+
+
+def report(action: str) -> None:
+    """Log the exception being handled, the first time that `action` fails so.
+
+    Args:
+        action: What was being done, as the end of "Failed to …".
+    """
+    kind = (action, sys.exc_info()[0])
+    if kind in _reported:
+        return
+    _reported.add(kind)
+    logger.warning(
+        "Failed to %s; the application is not affected, and further failures "
+        "of this kind are not logged",
+        action,
+        exc_info=True,  # noqa: LOG014 (called from handlers of exceptions)
+    )
+
+
+def call_hook(name: str, hook: Callable[..., object], *arguments: Any) -> None:
+    """Call a hook of the application's; what it raises is logged, not raised."""
+    try:
+        hook(*arguments)
+    except Exception:
+        report(f"run the {name}")

@@ -1,0 +1,86 @@
+"""kafka-python as the tests use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import kafka
+from kafka import KafkaConsumer, KafkaProducer
+
+VERSION = tuple(int(part) for part in kafka.__version__.split(".")[:2])
+
+# No test waits this long for anything that happens.
+DEADLINE = 30.0
+
+
+class Clients:
+    """Makes producers and consumers, and closes them."""
+
+    def __init__(self, address: str, topic: str) -> None:
+        self.address = address
+        self.topic = topic
+        self._made: list[Any] = []
+
+    def producer(self, cls: type = KafkaProducer, **config: Any) -> Any:
+        producer = cls(bootstrap_servers=self.address, **config)
+        self._made.append(producer)
+        return producer
+
+    def consumer(self, *topics: str, cls: type = KafkaConsumer, **config: Any) -> Any:
+        """A consumer of all records, which gives up where a test would hang."""
+        settings = {
+            "auto_offset_reset": "earliest",
+            "consumer_timeout_ms": DEADLINE * 1000,
+            "enable_auto_commit": False,
+            **config,
+        }
+        consumer = cls(
+            *(topics or (self.topic,)), bootstrap_servers=self.address, **settings
+        )
+        self._made.append(consumer)
+        return consumer
+
+    def send(self, *values: bytes, **arguments: Any) -> None:
+        """Send values, and wait until the broker has them."""
+        producer = self.producer()
+        for value in values:
+            producer.send(self.topic, value, **arguments)
+        producer.flush()
+
+    def close(self) -> None:
+        for client in self._made:
+            # A broker that a test has killed answers no goodbyes.
+            if isinstance(client, KafkaProducer):
+                try:
+                    client.close(timeout=1)
+                except kafka.errors.KafkaError:
+                    client._closed = True  # it would try again when it is dropped
+            else:
+                client.close()
+
+
+def poll(consumer: Any, **arguments: Any) -> Any:
+    """Poll until something comes."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        polled = consumer.poll(timeout_ms=1000, **arguments)
+        if polled:
+            return polled
+    raise TimeoutError("nothing came")
+
+
+def poll_records(consumer: Any, count: int) -> list[Any]:
+    """Poll until so many records have come."""
+    records: list[Any] = []
+    while len(records) < count:
+        for batch in poll(consumer).values():
+            records += batch
+    return records
+
+
+def take(consumer: Any, count: int) -> Iterator[Any]:
+    """So many records, one by one, without any iteration of the consumer."""
+    for _ in range(count):
+        yield next(consumer)

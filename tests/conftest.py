@@ -1,0 +1,126 @@
+"""Fixtures: brokers, clients, and a recorder of all telemetry."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from embedded_broker import EmbeddedBroker
+from opentelemetry import context
+
+import apache_broker
+from apache_broker import ApacheBroker
+from clients import Clients
+from otel_kafka_python import KafkaPythonInstrumentor, _safety
+from recorder import Log, Recorder
+
+_WITHOUT_APACHE = apache_broker.why_unavailable()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--broker",
+        action="append",
+        metavar="embedded|apache|HOST:PORT",
+        help="which broker to test on; may be given more than once "
+        "(default: embedded, and apache where Java 17 and Maven are found)",
+    )
+
+
+def _brokers(config: pytest.Config) -> list[str]:
+    given: list[str] = config.getoption("--broker")
+    if given:
+        return given
+    return ["embedded"] if _WITHOUT_APACHE else ["embedded", "apache"]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    brokers = _brokers(config)
+    left_out = ""
+    if "apache" not in brokers:
+        left_out = f" (Apache Kafka is left out: {_WITHOUT_APACHE or 'not asked for'})"
+    return f"brokers: {', '.join(brokers)}{left_out}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "broker" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "broker", _brokers(metafunc.config), indirect=True, scope="session"
+        )
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A running broker; its `address` is "host:port"."""
+    if request.param == "embedded":
+        with EmbeddedBroker() as embedded:
+            yield embedded
+    elif request.param == "apache":
+        with ApacheBroker() as apache:
+            yield apache
+    else:
+        yield SimpleNamespace(address=request.param)
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def clients(broker: Any, topic: str) -> Iterator[Clients]:
+    made = Clients(broker.address, topic)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+Instrument = Callable[..., None]
+
+
+@pytest.fixture
+def instrument(recorder: Recorder) -> Iterator[Instrument]:
+    """Instruments with the recorder's providers and the settings it is called with."""
+    instrumentor = KafkaPythonInstrumentor()
+
+    def run(**settings: Any) -> None:
+        instrumentor.instrument(
+            **{
+                "tracer_provider": recorder.tracer_provider,
+                "meter_provider": recorder.meter_provider,
+                **settings,
+            }
+        )
+
+    yield run
+    if instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.uninstrument()
+
+
+@pytest.fixture
+def instrumented(instrument: Instrument) -> None:
+    instrument()
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[Log]:
+    """Nothing is logged that a test does not take."""
+    _safety._reported.clear()
+    with Log() as log:
+        yield log
+        assert log.take() == []
+
+
+@pytest.fixture(autouse=True)
+def _context_is_restored() -> Iterator[None]:
+    """No test, and so nothing that it calls, leaves a context behind."""
+    before = context.get_current()
+    yield
+    assert context.get_current() == before

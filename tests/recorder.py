@@ -1,0 +1,155 @@
+"""What the tests see of the telemetry: every span that starts, every metric."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_ON,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+)
+from opentelemetry.trace import SpanKind
+
+
+class Creation(NamedTuple):
+    """A span as a sampler sees it."""
+
+    name: str
+    kind: SpanKind
+    attributes: dict[str, Any]
+    links: int
+
+
+class RecordingSampler(Sampler):
+    """Samples as the default does and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.creations: list[Creation] = []
+        self._sampler = ParentBased(ALWAYS_ON)
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Any = None,
+        links: Any = None,
+        *more: Any,
+    ) -> SamplingResult:
+        assert kind is not None
+        self.creations.append(
+            Creation(name, kind, dict(attributes or {}), len(links or ()))
+        )
+        return self._sampler.should_sample(
+            parent_context, trace_id, name, kind, attributes, links, *more
+        )
+
+    def get_description(self) -> str:
+        return "RecordingSampler"
+
+
+class Recorder(SpanProcessor):
+    """A tracer provider and a meter provider, and what came through them."""
+
+    def __init__(self) -> None:
+        self.sampler = RecordingSampler()
+        self.started: list[Span] = []
+        self.ended: list[ReadableSpan] = []
+        self.tracer_provider = TracerProvider(
+            sampler=self.sampler, shutdown_on_exit=False
+        )
+        self.tracer_provider.add_span_processor(self)
+        self.reader = InMemoryMetricReader()
+        self.meter_provider = MeterProvider([self.reader], shutdown_on_exit=False)
+        self.tracer = self.tracer_provider.get_tracer("application")
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        self.started.append(span)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.ended.append(span)
+
+    def named(self, name: str) -> list[ReadableSpan]:
+        """The ended spans of a name, in the order of their start."""
+        spans = [span for span in self.ended if span.name == name]
+        return sorted(spans, key=lambda span: span.start_time or 0)
+
+    def one(self, name: str) -> ReadableSpan:
+        """The only span of a name."""
+        spans = self.named(name)
+        assert len(spans) == 1, f"{len(spans)} of {name!r} in {self.names()}"
+        return spans[0]
+
+    def names(self) -> list[str]:
+        return sorted(span.name for span in self.ended)
+
+    def open(self) -> list[str]:
+        """The names of the spans that have started and not ended."""
+        ended = {span.context.span_id for span in self.ended if span.context}
+        return [s.name for s in self.started if s.context.span_id not in ended]
+
+    def points(self, name: str, **attributes: Any) -> list[Any]:
+        """The data points of a metric that have these attributes.
+
+        A keyword is an attribute's name with `_` for `.`.
+        """
+        found = []
+        data = self.reader.get_metrics_data()
+        for resource in data.resource_metrics if data else ():
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    if metric.name == name:
+                        found += metric.data.data_points
+        return [
+            point
+            for point in found
+            if attributes.items()
+            <= {k.replace(".", "_"): v for k, v in point.attributes.items()}.items()
+        ]
+
+    def count(self, name: str, **attributes: Any) -> int:
+        """The messages counted, or the durations recorded."""
+        points = self.points(name, **attributes)
+        return sum(getattr(p, "value", None) or getattr(p, "count", 0) for p in points)
+
+
+class Log(logging.Handler):
+    """What OpenTelemetry and this package have logged, from WARNING on."""
+
+    LOGGERS = ("opentelemetry", "otel_kafka_python")
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def take(self) -> list[str]:
+        """The messages since the last call: what a test expects, it takes."""
+        messages = [record.getMessage() for record in self.records]
+        self.records.clear()
+        return messages
+
+    def __enter__(self) -> Log:
+        for name in self.LOGGERS:
+            logging.getLogger(name).addHandler(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name in self.LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+
+
+def attributes_of(things: Sequence[Any]) -> list[dict[str, Any]]:
+    """The attributes of spans or links as dicts."""
+    return [dict(thing.attributes or {}) for thing in things]

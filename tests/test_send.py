@@ -1,0 +1,348 @@
+"""The send span: from the call to the broker's acknowledgement, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import kafka.errors
+import pytest
+from embedded_broker import EmbeddedBroker
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.trace import SpanKind, StatusCode
+
+from clients import DEADLINE, VERSION, Clients
+from conftest import Instrument
+from recorder import Log, Recorder
+
+# Of the broker's limit, and above it; the client's own limit is lifted.
+TOO_LARGE = 3_000_000
+
+
+@pytest.fixture
+def own_broker() -> Iterator[EmbeddedBroker]:
+    """A broker that a test may kill or freeze."""
+    with EmbeddedBroker() as broker:
+        yield broker
+
+
+@pytest.fixture
+def own_clients(own_broker: EmbeddedBroker, topic: str) -> Iterator[Clients]:
+    made = Clients(own_broker.address, topic)
+    yield made
+    made.close()
+
+
+def impatient(**config: Any) -> dict[str, Any]:
+    """A producer's configuration that gives up soon."""
+    config = {"max_block_ms": 500, "request_timeout_ms": 1000, "retries": 0, **config}
+    if VERSION >= (2, 2):
+        config["delivery_timeout_ms"] = 1500
+    if VERSION >= (3, 0):
+        # With idempotence, its default, 3.0 never completes such futures.
+        config["enable_idempotence"] = False
+    return config
+
+
+def assert_failed(span: ReadableSpan, error: BaseException, error_type: str) -> None:
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == str(error)
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == error_type
+    (event,) = span.events
+    assert event.name == "exception"
+    assert event.attributes is not None
+    assert str(event.attributes["exception.type"]).endswith(type(error).__qualname__)
+
+
+def test_a_send_makes_one_span_with_all_that_is_known(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(client_id="orders")
+    metadata = producer.send(topic, b"value", key=b"key").get(DEADLINE)
+    producer.flush()
+
+    span = recorder.one(f"send {topic}")
+    assert span.kind is SpanKind.PRODUCER
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.parent is None
+    assert span.instrumentation_scope is not None
+    assert span.instrumentation_scope.name == "otel_kafka_python"
+    assert (
+        span.instrumentation_scope.schema_url
+        == "https://opentelemetry.io/schemas/1.44.0"
+    )
+    host, port = clients.address.split(":")
+    attributes: dict[str, Any] = dict(span.attributes or {})
+    cluster_id = attributes.pop("messaging.kafka.cluster.id", None)
+    assert isinstance(cluster_id, str) == (VERSION >= (2, 1))
+    assert attributes == {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": str(metadata.partition),
+        "messaging.client.id": "orders",
+        "messaging.kafka.message.key": "key",
+        "messaging.kafka.offset": metadata.offset,
+        "server.address": host,
+        "server.port": int(port),
+        "network.peer.address": host,
+        "network.peer.port": int(port),
+    }
+
+
+def test_the_span_ends_with_the_acknowledgement_and_not_with_the_call(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.send(topic, b"value")
+    assert recorder.open() == [f"send {topic}"]
+    producer.flush()
+    assert recorder.open() == []
+
+
+def test_the_span_has_ended_before_the_applications_own_callbacks_run(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    seen = []
+    producer = clients.producer(linger_ms=1000)
+    future = producer.send(topic, b"value")
+    future.add_callback(lambda metadata: seen.append((metadata, recorder.names())))
+    producer.flush()
+    assert seen == [(future.value, [f"send {topic}"])]
+
+
+def test_a_sampler_sees_what_it_needs(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    producer.send(topic, b"value", partition=0).get(DEADLINE)
+    (creation,) = recorder.sampler.creations
+    host, port = clients.address.split(":")
+    assert creation.name == f"send {topic}"
+    assert creation.kind is SpanKind.PRODUCER
+    assert {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "server.address": host,
+        "server.port": int(port),
+    }.items() <= creation.attributes.items()
+
+
+def test_the_span_is_a_child_of_the_current_one_and_not_current_itself(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    with recorder.tracer.start_as_current_span("request") as request:
+        producer.send(topic, b"value")
+        assert trace.get_current_span() is request
+        producer.flush()
+    span = recorder.one(f"send {topic}")
+    assert span.parent is not None
+    assert span.parent.span_id == request.get_span_context().span_id
+
+
+def test_a_tombstone_is_what_is_null_on_the_wire(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    plain = clients.producer()
+    plain.send(topic, None, key=b"none is null")
+    encoding = clients.producer(value_serializer=lambda value: b"null")
+    encoding.send(topic, None, key=b"none is text")
+    dropping = clients.producer(value_serializer=lambda value: None)
+    dropping.send(topic, b"value", key=b"text is null")
+    for producer in (plain, encoding, dropping):
+        producer.flush()
+    tombstones = {
+        span.attributes["messaging.kafka.message.key"]: span.attributes.get(
+            "messaging.kafka.message.tombstone"
+        )
+        for span in recorder.named(f"send {topic}")
+        if span.attributes
+    }
+    assert tombstones == {
+        "none is null": True,
+        "none is text": None,
+        "text is null": True,
+    }
+
+
+def test_an_illegal_topic_is_not_in_the_name(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    producer = clients.producer(max_block_ms=500)
+    with pytest.raises((ValueError, kafka.errors.KafkaTimeoutError)) as raised:
+        producer.send("no topic!", b"value")
+    span = recorder.one("send")
+    assert_failed(span, raised.value, raised.type.__qualname__)
+    assert "messaging.destination.name" not in (span.attributes or {})
+
+
+def test_a_send_without_a_topic_makes_no_span(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    with pytest.raises(TypeError, match="topic"):
+        clients.producer().send()
+    assert recorder.started == []
+
+
+def test_what_send_raises_ends_the_span_and_is_no_attempt(
+    instrumented: None, own_clients: Clients, own_broker: EmbeddedBroker,
+    recorder: Recorder, topic: str,
+) -> None:  # fmt: skip
+    producer = own_clients.producer(**impatient())
+    os.kill(own_broker.pid, signal.SIGSTOP)
+    with pytest.raises(kafka.errors.KafkaTimeoutError) as raised:
+        producer.send(topic, b"value")
+    assert_failed(recorder.one(f"send {topic}"), raised.value, "KafkaTimeoutError")
+    assert recorder.count("messaging.client.sent.messages") == 0
+    assert recorder.count(
+        "messaging.client.operation.duration", error_type="KafkaTimeoutError"
+    ) == 1  # fmt: skip
+
+
+def test_a_closed_producer_ends_the_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(max_block_ms=500)
+    producer.close()
+    # 2.0 does not look; its metadata never comes.
+    with pytest.raises(
+        (AssertionError, kafka.errors.IllegalStateError, kafka.errors.KafkaTimeoutError)
+    ) as raised:
+        producer.send(topic, b"value")
+    span = recorder.one(f"send {topic}")
+    assert_failed(span, raised.value, raised.type.__qualname__)
+
+
+def test_an_unknown_partition_ends_the_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    with pytest.raises((AssertionError, ValueError)) as raised:
+        clients.producer().send(topic, b"value", partition=99)
+    assert_failed(recorder.one(f"send {topic}"), raised.value, raised.type.__qualname__)
+
+
+def test_a_message_too_large_for_the_client(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(max_request_size=1000)
+    raised: BaseException
+    if VERSION >= (3, 0):
+        with pytest.raises(kafka.errors.MessageSizeTooLargeError) as info:
+            producer.send(topic, bytes(2000))
+        raised = info.value
+    else:
+        future = producer.send(topic, bytes(2000))
+        assert future.is_done
+        raised = future.exception
+    span = recorder.one(f"send {topic}")
+    assert_failed(span, raised, "MESSAGE_TOO_LARGE")
+    assert "messaging.kafka.offset" not in (span.attributes or {})
+    # Where `send` raises, the client has never had the message.
+    assert recorder.count(
+        "messaging.client.sent.messages", error_type="MESSAGE_TOO_LARGE"
+    ) == (0 if VERSION >= (3, 0) else 1)
+
+
+def test_a_message_that_the_broker_refuses(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(max_request_size=2 * TOO_LARGE)
+    future = producer.send(topic, os.urandom(TOO_LARGE), key=b"big")
+    with pytest.raises(kafka.errors.MessageSizeTooLargeError) as raised:
+        future.get(DEADLINE)
+    producer.flush()
+    span = recorder.one(f"send {topic}")
+    assert_failed(span, raised.value, "MESSAGE_TOO_LARGE")
+    assert span.attributes is not None
+    assert span.attributes["messaging.destination.partition.id"] == "0"
+    assert span.attributes["network.peer.address"] == "127.0.0.1"
+    assert "messaging.kafka.offset" not in span.attributes
+    assert recorder.count(
+        "messaging.client.sent.messages", error_type="MESSAGE_TOO_LARGE"
+    ) == 1  # fmt: skip
+
+
+def test_messages_that_expire_because_the_broker_is_gone(
+    instrumented: None, own_clients: Clients, own_broker: EmbeddedBroker,
+    recorder: Recorder, topic: str,
+) -> None:  # fmt: skip
+    producer = own_clients.producer(**impatient(linger_ms=100))
+    producer.send(topic, b"first").get(DEADLINE)
+    own_broker.kill()
+    future = producer.send(topic, b"last")
+    with pytest.raises(kafka.errors.KafkaError) as raised:
+        future.get(DEADLINE)
+    producer.flush(DEADLINE)
+    delivered, lost = recorder.named(f"send {topic}")
+    assert delivered.status.status_code is StatusCode.UNSET
+    assert lost.attributes is not None
+    error_type = lost.attributes["error.type"]
+    assert error_type in {
+        "KafkaTimeoutError", "KafkaConnectionError", "REQUEST_TIMED_OUT",
+        "NETWORK_EXCEPTION", "NodeNotReadyError", "Cancelled",
+    }  # fmt: skip
+    assert_failed(lost, raised.value, str(error_type))
+    assert "network.peer.address" not in lost.attributes
+    assert lost.attributes["messaging.destination.partition.id"] == "0"
+    assert recorder.open() == []
+
+
+class _Failing(SpanProcessor):
+    """An exporter at its worst: what it raises is not even an Exception."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        raise SystemExit("from a processor")
+
+
+def test_a_failing_processor_does_not_end_the_sender(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, log: Log
+) -> None:
+    recorder.tracer_provider.add_span_processor(_Failing())
+    producer = clients.producer(linger_ms=50)
+    for number in range(3):
+        assert producer.send(topic, b"value").get(DEADLINE).offset == number
+    producer.flush()
+    (message,) = log.take()
+    assert message.startswith("Failed to end a send span")
+
+
+class _Subclass(kafka.KafkaProducer):  # type: ignore[misc]  # untyped
+    def send(self, *args: Any, **kwargs: Any) -> Any:
+        return super().send(*args, **kwargs)
+
+
+def test_a_subclass_is_traced_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(_Subclass)
+    producer.send(topic, b"value")
+    producer.flush()
+    assert recorder.names() == [f"send {topic}"]
+
+
+def test_a_call_through_the_class_is_traced(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    kafka.KafkaProducer.send(producer, topic, b"value")
+    producer.flush()
+    assert recorder.names() == [f"send {topic}"]
+
+
+def test_a_producer_that_lives_already_is_traced(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    instrument()
+    producer.send(topic, b"value")
+    producer.flush()
+    assert recorder.names() == [f"send {topic}"]

@@ -1,0 +1,437 @@
+"""Loops, `poll` and `next`: what each makes, and what is current when."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, TopicPartition
+from kafka.admin import KafkaAdminClient, NewTopic
+from opentelemetry import baggage, context, trace
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import SpanKind, StatusCode
+
+from clients import Clients, poll, poll_records
+from conftest import Instrument
+from recorder import Recorder, attributes_of
+
+
+def current_name() -> str | None:
+    return getattr(trace.get_current_span(), "name", None)
+
+
+def ids(spans: list[ReadableSpan]) -> list[int]:
+    return [span.context.span_id for span in spans if span.context]
+
+
+def linked(span: ReadableSpan) -> list[int]:
+    return [link.context.span_id for link in span.links]
+
+
+@pytest.fixture
+def two_partitions(clients: Clients) -> Clients:
+    admin = KafkaAdminClient(bootstrap_servers=clients.address)
+    admin.create_topics([NewTopic(clients.topic, 2, 1)])
+    admin.close()
+    return clients
+
+
+def test_a_loop_makes_a_process_span_that_is_current_in_its_body(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2", b"3", key=b"key")
+    consumer = clients.consumer(client_id="payments", group_id=f"group-{topic}")
+    current = []
+    for record in consumer:
+        current.append(current_name())
+        if record.offset == 2:
+            break
+    assert current == [f"process {topic}"] * 3
+    assert current_name() is None
+
+    sends, spans = recorder.named(f"send {topic}"), recorder.named(f"process {topic}")
+    assert [span.kind for span in spans] == [SpanKind.CONSUMER] * 3
+    assert [span.parent and span.parent.span_id for span in spans] == ids(sends)
+    assert [linked(span) for span in spans] == [[each] for each in ids(sends)]
+    assert attributes_of(spans[0].links) == [{}]
+    assert [span.status.status_code for span in spans] == [StatusCode.UNSET] * 3
+    attributes: dict[str, Any] = attributes_of(spans)[1]
+    attributes.pop("messaging.kafka.cluster.id", None)
+    host, port = clients.address.split(":")
+    assert attributes == {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "process",
+        "messaging.operation.type": "process",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "messaging.client.id": "payments",
+        "messaging.consumer.group.name": f"group-{topic}",
+        "messaging.kafka.message.key": "key",
+        "messaging.kafka.offset": 1,
+        "server.address": host,
+        "server.port": int(port),
+    }
+    # What iteration has fetched ahead is nobody's yet.
+    assert recorder.named(f"poll {topic}") == []
+
+
+def test_a_process_span_ends_when_its_body_does(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    open_in_body = []
+    for record in clients.consumer():
+        open_in_body.append(recorder.open())
+        if record.offset == 1:
+            break
+    assert open_in_body == [[f"process {topic}"]] * 2
+    assert recorder.open() == []
+
+
+def test_under_another_span_the_process_span_is_its_child_and_links(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    with recorder.tracer.start_as_current_span("batch job") as job:
+        for _ in clients.consumer():
+            break
+        assert trace.get_current_span() is job
+    process = recorder.one(f"process {topic}")
+    assert process.parent is not None
+    assert process.parent.span_id == job.get_span_context().span_id
+    assert linked(process) == ids(recorder.named(f"send {topic}"))
+
+
+def test_baggage_of_the_message_is_current_in_the_body_only(
+    instrumented: None, clients: Clients, topic: str
+) -> None:
+    token = context.attach(baggage.set_baggage("tenant", "blue"))
+    clients.send(b"1")
+    context.detach(token)
+    for _ in clients.consumer():
+        assert baggage.get_baggage("tenant") == "blue"
+        break
+    assert baggage.get_baggage("tenant") is None
+
+
+def test_what_the_application_has_in_its_context_stays_in_the_body(
+    instrumented: None, clients: Clients
+) -> None:
+    clients.send(b"1")
+    token = context.attach(context.set_value("own", 1))
+    for _ in clients.consumer():
+        assert context.get_value("own") == 1
+        break
+    context.detach(token)
+
+
+def test_a_poll_makes_one_receive_span_with_a_link_for_each_message(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    producer.send(topic, b"1", key=b"k0")
+    producer.send(topic, None, key=b"k1")
+    producer.send(topic, b"3")
+    producer.flush()
+    consumer = clients.consumer(client_id="shipping")
+    poll(consumer)
+    assert current_name() is None
+
+    span = recorder.one(f"poll {topic}")
+    assert span.kind is SpanKind.CLIENT
+    assert span.parent is None
+    assert linked(span) == ids(recorder.named(f"send {topic}"))
+    assert attributes_of(span.links) == [
+        {"messaging.kafka.offset": 0, "messaging.kafka.message.key": "k0"},
+        {
+            "messaging.kafka.offset": 1,
+            "messaging.kafka.message.key": "k1",
+            "messaging.kafka.message.tombstone": True,
+        },
+        {"messaging.kafka.offset": 2},
+    ]
+    (attributes,) = attributes_of([span])
+    attributes.pop("messaging.kafka.cluster.id", None)
+    host, port = clients.address.split(":")
+    assert attributes == {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "poll",
+        "messaging.operation.type": "receive",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "messaging.client.id": "shipping",
+        "messaging.batch.message_count": 3,
+        "server.address": host,
+        "server.port": int(port),
+        "network.peer.address": host,
+        "network.peer.port": int(port),
+    }
+
+
+def test_a_poll_of_one_message_has_it_on_the_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", key=b"key")
+    poll(clients.consumer())
+    (attributes,) = attributes_of(recorder.named(f"poll {topic}"))
+    assert attributes["messaging.batch.message_count"] == 1
+    assert attributes["messaging.kafka.offset"] == 0
+    assert attributes["messaging.kafka.message.key"] == "key"
+    assert attributes_of(recorder.one(f"poll {topic}").links) == [{}]
+
+
+def test_a_poll_over_partitions_says_on_each_link_which(
+    instrumented: None, two_partitions: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = two_partitions.producer()
+    for partition in (0, 1):
+        producer.send(topic, b"value", partition=partition).get(30)
+    producer.flush()
+    consumer = two_partitions.consumer()
+    # Both partitions in one poll: wait until both have been fetched.
+    consumer.poll(timeout_ms=0)
+    seen = set()
+    while len(seen) < 2:
+        recorder.ended.clear()
+        records = poll(consumer)
+        seen = set(records)
+        consumer.seek_to_beginning(*consumer.assignment())
+    span = recorder.one(f"poll {topic}")
+    assert "messaging.destination.partition.id" not in attributes_of([span])[0]
+    assert {
+        attributes["messaging.destination.partition.id"]
+        for attributes in attributes_of(span.links)
+    } == {"0", "1"}
+
+
+def test_a_poll_over_topics_has_no_topic_in_its_name(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = f"{topic}-other"
+    producer = clients.producer()
+    for each in (topic, other):
+        producer.send(each, b"value").get(30)
+    consumer = clients.consumer(topic, other)
+    consumer.poll(timeout_ms=0)
+    seen: set[Any] = set()
+    while len(seen) < 2:
+        recorder.ended.clear()
+        seen = set(poll(consumer))
+        consumer.seek_to_beginning(*consumer.assignment())
+    span = recorder.one("poll")
+    assert "messaging.destination.name" not in attributes_of([span])[0]
+    assert {
+        attributes["messaging.destination.name"]
+        for attributes in attributes_of(span.links)
+    } == {topic, other}
+
+
+def test_an_empty_poll_makes_nothing(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    recorder.ended.clear()
+    consumer = clients.consumer(auto_offset_reset="latest")
+    assert consumer.poll(timeout_ms=100) == {}
+    assert recorder.ended == []
+    assert recorder.count(
+        "messaging.client.operation.duration", messaging_operation_name="poll"
+    ) == 0  # fmt: skip
+
+
+def test_next_makes_a_receive_span_of_a_single_message(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2", key=b"key")
+    consumer = clients.consumer()
+    records = [next(consumer), next(consumer)]
+    assert current_name() is None
+    assert [record.offset for record in records] == [0, 1]
+    spans = recorder.named(f"poll {topic}")
+    assert [linked(span) for span in spans] == [
+        [each] for each in ids(recorder.named(f"send {topic}"))
+    ]
+    attributes = attributes_of(spans)[1]
+    assert "messaging.batch.message_count" not in attributes
+    assert attributes["messaging.kafka.offset"] == 1
+    assert attributes["messaging.kafka.message.key"] == "key"
+    assert attributes_of(spans[1].links) == [{}]
+
+
+def test_a_loop_over_a_polled_batch_makes_process_spans_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    records = poll_batch(clients)
+    names = [current_name() for _ in records]
+    assert names == [None, None]
+    for _ in range(2):
+        for _record in records:
+            names.append(current_name())
+    assert names[2:] == [f"process {topic}"] * 2 + [None] * 2
+    assert len(recorder.named(f"process {topic}")) == 2
+    assert current_name() is None
+
+
+def poll_batch(clients: Clients) -> Any:
+    ((_, records),) = poll(clients.consumer()).items()
+    return records
+
+
+def test_what_poll_returns_is_a_dict_of_lists(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    plain = poll(clients.consumer())
+    instrument()
+    traced = poll(clients.consumer())
+    partition = TopicPartition(topic, 0)
+    assert type(traced) is dict
+    assert traced == plain
+    records = traced[partition]
+    assert isinstance(records, list)
+    assert records[1] == plain[partition][1]
+    assert records[1:] == plain[partition][1:]
+    assert type(records[1:]) is list
+    assert len(records) == 3
+    assert repr(records) == repr(plain[partition])
+    assert json.dumps(records, default=str) == json.dumps(plain[partition], default=str)
+    for copied in (
+        copy.copy(records),
+        copy.deepcopy(records),
+        pickle.loads(pickle.dumps(records)),
+        records.copy(),
+        list(records),
+    ):
+        assert type(copied) is list
+        assert copied == plain[partition]
+
+
+def test_a_loop_over_a_record_leaves_it_to_be_changed_as_a_list(
+    instrumented: None, clients: Clients
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    records = poll_batch(clients)
+    seen = []
+    for record in records:
+        seen.append(record.value)
+        records.pop()
+    assert seen == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("way", ["poll", "next", "loop"])
+def test_a_deserialisers_error_is_seen_and_raised(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    clients.send(b"no JSON")
+    consumer = clients.consumer(value_deserializer=json.loads)
+    with pytest.raises(json.JSONDecodeError) as raised:
+        if way == "poll":
+            poll(consumer)
+        elif way == "next":
+            next(consumer)
+        else:
+            for _ in consumer:
+                pass
+    span = recorder.one("poll")
+    assert span.kind is SpanKind.CLIENT
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == str(raised.value)
+    assert attributes_of([span])[0]["error.type"] == "JSONDecodeError"
+    assert recorder.count(
+        "messaging.client.operation.duration", error_type="JSONDecodeError"
+    ) == 1  # fmt: skip
+    assert current_name() is None
+
+
+def test_a_time_out_of_iteration_is_no_error(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(consumer_timeout_ms=1500)
+    iterator = iter(consumer)
+    assert [record.offset for record in iterator] == [0]
+    with pytest.raises(StopIteration):
+        next(consumer)
+    assert recorder.open() == []
+    assert [span.status.status_code for span in recorder.ended] == (
+        [StatusCode.UNSET] * len(recorder.ended)
+    )
+    # It goes on after a time-out, as the consumer does.
+    clients.send(b"2")
+    assert [record.offset for record in iterator] == [1]
+
+
+def test_the_iterator_has_the_consumers_attributes(
+    instrumented: None, clients: Clients, topic: str
+) -> None:
+    consumer = clients.consumer()
+    iterator = iter(consumer)
+    assert iter(iterator) is iterator
+    assert iterator.subscription() == consumer.subscription()
+    with pytest.raises(AttributeError):
+        iterator.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("way", ["loop", "next", "list", "poll", "send"])
+def test_suppressed_there_is_nothing(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    with suppress_instrumentation():
+        clients.send(b"1")
+        consumer = clients.consumer()
+        if way == "poll":
+            for records in poll(consumer).values():
+                for _ in records:
+                    assert current_name() is None
+        elif way == "next":
+            assert next(consumer).headers == []
+        elif way == "list":
+            consumer.config["consumer_timeout_ms"] = 1500
+            assert [record.headers for record in list(consumer)] == [[]]
+        elif way == "loop":
+            for _ in consumer:
+                assert current_name() is None
+                break
+    assert recorder.started == []
+    assert recorder.reader.get_metrics_data() is None
+
+
+class _Overriding:
+    """What a subclass may do to each method, calling the one above it."""
+
+    polled = 0
+    stepped = 0
+
+    def poll(self, *args: Any, **kwargs: Any) -> Any:
+        self.polled += 1
+        return super().poll(*args, **kwargs)  # type: ignore[misc]  # a mixin
+
+    def __next__(self) -> Any:
+        self.stepped += 1
+        return super().__next__()  # type: ignore[misc]  # a mixin
+
+
+@pytest.mark.parametrize("way", ["loop", "next", "poll"])
+def test_a_subclass_is_traced_once_through_what_it_overrides(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    subclass = type("Subclass", (_Overriding, KafkaConsumer), {})
+    clients.send(b"1")
+    consumer = clients.consumer(cls=subclass)
+    if way == "loop":
+        for _ in consumer:
+            break
+    elif way == "next":
+        next(consumer)
+    else:
+        poll_records(consumer, 1)
+    assert consumer.polled >= 1
+    assert consumer.stepped == (0 if way == "poll" else 1)
+    name = "process" if way == "loop" else "poll"
+    assert recorder.names() == [f"{name} {topic}", f"send {topic}"]
+    assert recorder.count("messaging.client.consumed.messages") == 1

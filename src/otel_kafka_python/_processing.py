@@ -102,14 +102,14 @@ class Scope(Operation):
         self._entered = True
 
     def leave(self) -> bool:
-        """Restore the context that was current before `enter`.
+        """Restore the context that was current before `enter`, if it was entered.
 
         Returns:
             False if that could not be done here: this is another thread or
             another context, or an outer scope that ended first has done it.
         """
         if not self._entered:
-            return False
+            return True
         self._entered = False
         scope = _innermost.get(None)
         while scope is not None and scope is not self:

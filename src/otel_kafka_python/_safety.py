@@ -8,6 +8,7 @@ once for each message, and the application goes on as without this package.
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +27,13 @@ def report(action: str) -> None:
     if kind in _reported:
         return
     _reported.add(kind)
+    # As text: a log handler that keeps its records would otherwise keep the frames
+    # of the traceback alive, and with them the iterator of a loop that has ended.
     logger.warning(
         "Failed to %s; the application is not affected, and further failures "
-        "of this kind are not logged",
+        "of this kind are not logged\n%s",
         action,
-        exc_info=True,  # noqa: LOG014 (called from handlers of exceptions)
+        traceback.format_exc(),
     )
 
 

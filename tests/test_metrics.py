@@ -1,0 +1,199 @@
+"""The four metrics: what each operation measures and counts, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from opentelemetry import metrics
+from opentelemetry.metrics import NoOpMeterProvider
+
+from clients import Clients, poll, poll_records
+from conftest import Instrument
+from recorder import Recorder
+
+OPERATION = "messaging.client.operation.duration"
+PROCESS = "messaging.process.duration"
+SENT = "messaging.client.sent.messages"
+CONSUMED = "messaging.client.consumed.messages"
+
+
+def metric(recorder: Recorder, name: str) -> Any:
+    data = recorder.reader.get_metrics_data()
+    assert data is not None
+    (found,) = [
+        metric
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == name
+    ]
+    return found
+
+
+def test_a_send_and_a_loop_measure_all_four(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    consumer = clients.consumer(group_id=f"group-{topic}")
+    for record in consumer:
+        if record.offset == 2:
+            break
+
+    host, port = clients.address.split(":")
+    common = {
+        "messaging.system": "kafka",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "server.address": host,
+        "server.port": int(port),
+    }
+    group = {"messaging.consumer.group.name": f"group-{topic}"}
+    send = {"messaging.operation.name": "send"}
+    receive = {"messaging.operation.name": "poll"}
+    process = {"messaging.operation.name": "process"}
+
+    (sent,) = recorder.points(SENT)
+    assert (sent.value, dict(sent.attributes)) == (3, {**common, **send})
+    (consumed,) = recorder.points(CONSUMED)
+    assert (consumed.value, dict(consumed.attributes)) == (
+        3,
+        {**common, **receive, **group},
+    )
+    (processed,) = recorder.points(PROCESS)
+    assert (processed.count, dict(processed.attributes)) == (
+        3,
+        {**common, **process, **group},
+    )
+    (sending,) = recorder.points(OPERATION, messaging_operation_name="send")
+    assert (sending.count, dict(sending.attributes)) == (
+        3,
+        {**common, **send, "messaging.operation.type": "send"},
+    )
+    # The polls inside the iteration, however many it took.
+    (polling,) = recorder.points(OPERATION, messaging_operation_name="poll")
+    assert 1 <= polling.count <= 3
+    assert dict(polling.attributes) == {
+        **common,
+        **receive,
+        **group,
+        "messaging.operation.type": "receive",
+    }
+
+
+def test_names_units_and_boundaries_are_the_conventions(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    clients.send(b"1")
+    for _ in clients.consumer():
+        break
+    boundaries = (
+        *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
+        *(1, 2.5, 5, 7.5, 10),
+    )
+    for name in (OPERATION, PROCESS):
+        found = metric(recorder, name)
+        assert found.unit == "s"
+        for point in found.data.data_points:
+            assert point.explicit_bounds == boundaries
+    for name in (SENT, CONSUMED):
+        found = metric(recorder, name)
+        assert found.unit == "{message}"
+        assert found.data.is_monotonic
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [("send", OPERATION), ("process", PROCESS)]
+)
+def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    operation: str,
+    name: str,
+) -> None:
+    clients.send(b"1")
+    for _ in clients.consumer():
+        break
+    span = recorder.one(f"{operation} {topic}")
+    assert span.context is not None
+    assert span.start_time is not None
+    assert span.end_time is not None
+    (point,) = recorder.points(name, messaging_operation_name=operation)
+    assert point.sum == (span.end_time - span.start_time) / 1e9
+    (exemplar,) = point.exemplars
+    assert exemplar.trace_id == span.context.trace_id
+    assert exemplar.span_id == span.context.span_id
+
+
+def test_next_is_measured_itself_and_not_its_poll(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    consumer = clients.consumer()
+    for _ in range(3):
+        next(consumer)
+    assert recorder.count(OPERATION, messaging_operation_name="poll") == 3
+    assert recorder.count(CONSUMED, messaging_operation_name="poll") == 3
+    assert recorder.count(PROCESS) == 0
+
+
+def test_poll_counts_all_at_its_return(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    records = poll_records(clients.consumer(), 3)
+    assert recorder.count(CONSUMED) == len(records) == 3
+    assert recorder.count(PROCESS) == 0
+
+
+def test_looping_over_what_poll_returned_counts_nothing_again(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    for records in poll(clients.consumer()).values():
+        for _ in records:
+            pass
+    assert recorder.count(CONSUMED) == recorder.count(PROCESS) == len(records)
+
+
+def test_durations_are_recorded_where_no_span_is_made(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(send_spans=False, receive_spans=False, process_spans=False)
+    clients.send(b"1", b"2")
+    consumer = clients.consumer()
+    for record in consumer:
+        if record.offset == 1:
+            break
+    assert recorder.started == []
+    assert recorder.count(OPERATION, messaging_operation_name="send") == 2
+    assert recorder.count(OPERATION, messaging_operation_name="poll") >= 1
+    assert recorder.count(SENT) == recorder.count(CONSUMED) == 2
+    assert recorder.count(PROCESS) == 2
+
+
+def test_a_provider_of_the_api_itself_costs_nothing(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(meter_provider=NoOpMeterProvider())
+    clients.send(b"1")
+    assert recorder.names() == [f"send {topic}"]
+
+
+def test_a_global_provider_that_is_set_late_is_noticed(
+    instrument: Instrument, clients: Clients, recorder: Recorder, monkeypatch: Any
+) -> None:
+    instrument(meter_provider=None)
+    producer = clients.producer(metadata_max_age_ms=100)
+    producer.send(clients.topic, b"1").get(30)
+    monkeypatch.setattr(metrics._internal, "_METER_PROVIDER", recorder.meter_provider)
+    sent = 1
+    while not recorder.count(SENT):
+        producer.send(clients.topic, b"2").get(30)
+        sent += 1
+    before = recorder.count(SENT)
+    producer.send(clients.topic, b"3").get(30)
+    producer.flush()
+    assert recorder.count(SENT) == before + 1

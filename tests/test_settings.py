@@ -1,0 +1,189 @@
+"""The settings that change what is traced, on a broker; the rest is in test_config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+
+from clients import Clients, poll
+from conftest import Instrument
+from recorder import Log, Recorder, attributes_of
+
+
+@pytest.mark.parametrize("way", ["loop", "next", "list", "poll", "poll and loop"])
+def test_excluded_topics_are_left_alone(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    instrument(excluded_topics=f"nothing, {topic[:-2]}*")
+    clients.send(b"1")
+    consumer = clients.consumer()
+    if way == "loop":
+        for each in consumer:
+            assert trace.get_current_span() is trace.INVALID_SPAN
+            record = each
+            break
+    elif way == "next":
+        record = next(consumer)
+    elif way == "list":
+        consumer.config["consumer_timeout_ms"] = 1500
+        (record,) = list(consumer)
+    else:
+        ((_, records),) = poll(consumer).items()
+        assert type(records) is list
+        for each in records:
+            assert trace.get_current_span() is trace.INVALID_SPAN
+            record = each
+    assert record.headers == []
+    assert recorder.started == []
+    assert recorder.reader.get_metrics_data() is None
+
+
+def test_an_excluded_topic_beside_another_is_as_if_absent(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = f"{topic}-other"
+    instrument(excluded_topics=[other])
+    producer = clients.producer()
+    for each in (topic, other):
+        producer.send(each, b"value").get(30)
+    consumer = clients.consumer(topic, other)
+    consumer.poll(timeout_ms=0)
+    seen: set[Any] = set()
+    while len(seen) < 2:
+        recorder.ended.clear()
+        seen = set(poll(consumer))
+        consumer.seek_to_beginning(*consumer.assignment())
+    (attributes,) = attributes_of([recorder.one(f"poll {topic}")])
+    assert attributes["messaging.batch.message_count"] == 1
+
+
+def test_the_produce_hook_is_called_once_with_span_and_arguments(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    calls = []
+
+    def hook(span: Any, args: Any, kwargs: Any) -> None:
+        span.set_attribute("own", 1)
+        calls.append((args, kwargs))
+
+    instrument(produce_hook=hook)
+    clients.send(b"1", key=b"key")
+    assert calls == [((topic, b"1"), {"key": b"key"})]
+    assert attributes_of([recorder.one(f"send {topic}")])[0]["own"] == 1
+
+
+def test_headers_that_the_produce_hook_adds_are_sent(
+    instrument: Instrument, clients: Clients
+) -> None:
+    def hook(span: Any, args: Any, kwargs: Any) -> None:
+        kwargs["headers"] = [("hook", b"1")]
+
+    instrument(produce_hook=hook)
+    clients.send(b"1")
+    assert [name for name, _ in next(clients.consumer()).headers] == [
+        "hook",
+        "traceparent",
+    ]
+
+
+@pytest.mark.parametrize("way", ["loop", "next", "loop without spans", "polled loop"])
+def test_the_consume_hook_is_called_once_for_each_record(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    calls = []
+
+    def hook(span: Any, record: Any, args: Any, kwargs: Any) -> None:
+        span.set_attribute("own", record.offset)
+        calls.append((record, args, kwargs))
+
+    instrument(consume_hook=hook, process_spans=way != "loop without spans")
+    clients.send(b"1", b"2")
+    consumer = clients.consumer()
+    records = []
+    if way == "next":
+        records = [next(consumer), next(consumer)]
+    elif way == "polled loop":
+        while len(records) < 2:
+            for batch in poll(consumer).values():
+                for record in batch:
+                    records.append(record)
+    else:
+        for record in consumer:
+            records.append(record)
+            if len(records) == 2:
+                break
+    assert calls == [(record, (), {}) for record in records]
+    operation = "process" if way in {"loop", "polled loop"} else "poll"
+    spans = recorder.named(f"{operation} {topic}")
+    assert [attributes["own"] for attributes in attributes_of(spans)] == [0, 1]
+
+
+def test_the_consume_hook_is_not_called_for_batches(
+    instrument: Instrument, clients: Clients
+) -> None:
+    calls: list[Any] = []
+    instrument(consume_hook=lambda *arguments: calls.append(arguments))
+    clients.send(b"1")
+    poll(clients.consumer())
+    assert calls == []
+
+
+def test_a_hook_that_raises_is_logged_once_and_harms_nobody(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, log: Log
+) -> None:
+    def hook(*arguments: Any) -> None:
+        raise RuntimeError("from a hook")
+
+    instrument(produce_hook=hook, consume_hook=hook)
+    clients.send(b"1", b"2")
+    values = []
+    for record in clients.consumer():
+        values.append(record.value)
+        if len(values) == 2:
+            break
+    assert values == [b"1", b"2"]
+    assert recorder.open() == []
+    assert [message.split(";")[0] for message in log.take()] == [
+        "Failed to run the produce_hook",
+        "Failed to run the consume_hook",
+    ]
+
+
+def test_without_receive_spans_poll_makes_none_and_loops_do(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(receive_spans=False)
+    clients.send(b"1")
+    for records in poll(clients.consumer()).values():
+        for _ in records:
+            pass
+    assert recorder.names() == [f"process {topic}", f"send {topic}"]
+
+
+def test_without_process_spans_loops_make_receive_spans_and_nothing_is_current(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(process_spans=False)
+    clients.send(b"1")
+    for _ in clients.consumer():
+        assert trace.get_current_span() is trace.INVALID_SPAN
+        break
+    assert recorder.names() == [f"poll {topic}", f"send {topic}"]
+    span = recorder.one(f"poll {topic}")
+    assert len(span.links) == 1
+    assert "messaging.batch.message_count" not in (span.attributes or {})
+
+
+def test_without_capture_message_key_no_key_is_recorded(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(capture_message_key=False)
+    clients.send(b"1", b"2", key=b"secret")
+    poll(clients.consumer())
+    for _ in clients.consumer():
+        break
+    links = [link for span in recorder.ended for link in span.links]
+    for attributes in attributes_of([*recorder.ended, *links]):
+        assert "messaging.kafka.message.key" not in attributes

@@ -1,0 +1,77 @@
+"""Scripts in processes of their own: what ends, forks, or is launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PATHS = (HERE, HERE.parent / "examples")
+TIMEOUT = 120
+
+# A recorder that tells, after everything else has run, what it has seen. The
+# handler is registered first, so that it runs last.
+PREAMBLE = """
+import atexit, json, os, sys
+from recorder import Recorder
+recorder = Recorder()
+def tell():
+    print(json.dumps({
+        "open": recorder.open(),
+        "ended": [
+            [span.name, span.status.status_code.name, span.attributes.get("error.type")]
+            for span in recorder.ended
+        ],
+        "sent": {
+            point.attributes.get("error.type"): point.value
+            for point in recorder.points("messaging.client.sent.messages")
+        },
+    }), flush=True)
+atexit.register(tell)
+from otel_kafka_python import KafkaPythonInstrumentor
+KafkaPythonInstrumentor().instrument(
+    tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider
+)
+from kafka import KafkaConsumer, KafkaProducer
+"""
+
+
+def run(
+    script: str,
+    *arguments: str,
+    launched: bool = False,
+    paths: tuple[Path, ...] = (),
+    **environ: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end and return what it printed."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    if launched:
+        launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
+        command = [str(launcher), *command]
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (*paths, *PATHS))),
+            **environ,
+        },
+    )
+
+
+def run_recorded(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a script under a recorder and return what that has seen at the exit."""
+    done = run(PREAMBLE + textwrap.dedent(script), *arguments)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    told["stderr"] = done.stderr
+    return told

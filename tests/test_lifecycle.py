@@ -1,0 +1,250 @@
+"""How operations end that nothing ends: dropped futures, exits, forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+from types import SimpleNamespace
+
+import pytest
+from kafka import KafkaProducer, TopicPartition
+from kafka.producer.future import FutureProduceResult, FutureRecordMetadata
+from opentelemetry import trace
+from opentelemetry.trace import StatusCode
+
+from clients import DEADLINE, VERSION, Clients
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, _operation
+from recorder import Recorder
+from scripts import run_recorded
+
+
+def pending(topic: str) -> FutureRecordMetadata:
+    """A future as `send` returns it, which nothing will ever complete."""
+    result = FutureProduceResult(TopicPartition(topic, 7))
+    return FutureRecordMetadata(result, 0, 0, None, -1, 1, -1)
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A producer that loses its messages.
+
+    It stands in for 3.0.12 after a broker's death, which forgets some batches and
+    not others as timing will have it.
+    """
+    monkeypatch.setattr(
+        KafkaProducer, "send", lambda self, topic, value=None, **_: pending(topic)
+    )
+
+
+def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    instrument()
+    producer = clients.producer()
+    future = producer.send(topic, b"lost")
+    assert recorder.open() == [f"send {topic}"]
+    del future
+    gc.collect()
+    # A finaliser must not call the SDK: nothing has ended yet.
+    assert recorder.open() == [f"send {topic}"]
+    kept = producer.send(f"{topic}-next", b"kept")
+    assert recorder.open() == [f"send {topic}-next"]
+    assert not kept.is_done
+    span = recorder.one(f"send {topic}")
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "the outcome is unknown"
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "outcome_unknown"
+    assert span.attributes["messaging.destination.name"] == topic
+    assert recorder.count(
+        "messaging.client.sent.messages",
+        error_type="outcome_unknown",
+        messaging_destination_partition_id="7",
+    ) == 1  # fmt: skip
+    _operation.end_all()
+
+
+def test_what_is_still_open_is_found_and_ended_once(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    instrument()
+    producer = clients.producer()
+    futures = [producer.send(topic, b"lost") for _ in range(10)]
+    _operation.end_all()
+    assert recorder.open() == []
+    late = SimpleNamespace(partition=7, offset=0, serialized_value_size=1)
+    for future in futures:
+        future.success(late)
+    futures.clear()
+    gc.collect()
+    _operation.end_all()
+    assert len(recorder.ended) == 10
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_drops_what_its_parent_has_started(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    instrument()
+    producer = clients.producer()
+    futures = [producer.send(topic, b"lost")]
+    child = os.fork()
+    if child == 0:
+        futures.clear()
+        own = producer.send(topic, b"own")
+        del own
+        _operation.end_all()
+        # The child has ended its own and nothing else.
+        os._exit(0 if len(recorder.started) - len(recorder.ended) == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert recorder.open() == [f"send {topic}"]
+    _operation.end_all()
+    assert recorder.open() == []
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_forked_in_a_loop_leaves_the_loops_span_to_its_parent(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    child = None
+    for _ in clients.consumer():
+        child = os.fork()
+        break
+    if child == 0:
+        current = trace.get_current_span() is trace.INVALID_SPAN
+        os._exit(0 if current and recorder.open() == [f"process {topic}"] else 1)
+    assert child is not None
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert recorder.open() == []
+
+
+EXIT = """
+    producer = KafkaProducer(bootstrap_servers=sys.argv[1], linger_ms=60000)
+    kept = [producer.send(sys.argv[2], b"value") for _ in range(5)]
+"""
+
+
+def test_an_exit_without_flush_ends_every_span(clients: Clients, topic: str) -> None:
+    told = run_recorded(EXIT, clients.address, topic)
+    assert told["open"] == []
+    assert len(told["ended"]) == 5
+    assert sum(told["sent"].values()) == 5
+    # Whatever became of the messages, their spans say so.
+    for _, status, error_type in told["ended"]:
+        assert (status == "ERROR") == (error_type is not None)
+    # kafka-python itself may have something to say.
+    assert "otel_kafka_python" not in told["stderr"]
+
+
+DEATH = """
+    import sys
+    from embedded_broker import EmbeddedBroker
+    with EmbeddedBroker() as broker:
+        producer = KafkaProducer(
+            bootstrap_servers=broker.address, request_timeout_ms=1000, **{config}
+        )
+        producer.send("topic", b"first").get(30)
+        broker.kill()
+        futures = []
+        for number in range(20):
+            try:
+                futures.append(producer.send("topic", bytes(20000)))
+            except Exception as error:
+                print(type(error), file=sys.stderr)
+"""
+
+
+def test_an_exit_after_the_brokers_death_ends_every_span() -> None:
+    """3.0.12, idempotent as it is by default, never completes some futures."""
+    config = {"delivery_timeout_ms": 2000} if VERSION >= (2, 2) else {}
+    told = run_recorded(DEATH.format(config=config))
+    assert told["open"] == []
+    assert len(told["ended"]) >= 20
+    errors = [error_type for _, _, error_type in told["ended"]]
+    assert errors[0] is None
+    assert None not in errors[1:]
+
+
+def test_a_loop_that_the_exit_interrupts_has_its_span_ended(
+    clients: Clients, topic: str
+) -> None:
+    clients.send(b"1")
+    told = run_recorded(
+        """
+        consumer = KafkaConsumer(
+            sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
+        )
+        for record in consumer:
+            sys.exit()
+        """,
+        clients.address,
+        topic,
+    )
+    assert told["open"] == []
+    assert [name for name, _, _ in told["ended"]] == [f"process {topic}"]
+
+
+def test_a_thread_in_its_loop_at_the_exit_has_its_span_ended(
+    clients: Clients, topic: str
+) -> None:
+    clients.send(b"1")
+    told = run_recorded(
+        """
+        import threading
+        inside = threading.Event()
+        consumer = KafkaConsumer(
+            sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
+        )
+        def loop():
+            for record in consumer:
+                inside.set()
+                threading.Event().wait()
+        threading.Thread(target=loop, daemon=True).start()
+        inside.wait()
+        """,
+        clients.address,
+        topic,
+    )
+    assert told["open"] == []
+
+
+def test_a_close_that_times_out_ends_nothing_early(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    if VERSION < (2, 1):
+        pytest.skip("2.0 aborts what is outstanding")
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.send(topic, b"first").get  # noqa: B018 (it is not waited for)
+    before = recorder.open()
+    with pytest.raises(Exception):  # noqa: B017 (whichever it is)
+        producer.close(timeout=-1)
+    assert recorder.open() == before
+
+
+def test_messages_in_flight_survive_uninstrument(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument()
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.send(topic, b"in flight")
+    KafkaPythonInstrumentor().uninstrument()
+    assert recorder.open() == [f"send {topic}"]
+    producer.flush()
+    assert recorder.open() == []
+    assert recorder.one(f"send {topic}").status.status_code is StatusCode.UNSET

@@ -1,0 +1,115 @@
+"""The distribution: what other tools read of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import otel_kafka_python
+from otel_kafka_python import KafkaPythonInstrumentor, package
+from otel_kafka_python._instrumentor import take_over
+
+SOURCE = Path(otel_kafka_python.__file__).parent
+
+# Who may import whom: each only what stands after it. Modules on one line do not
+# import each other.
+LEVELS = [
+    {"__init__"},
+    {"_instrumentor"},
+    {"_patches"},
+    {"_producer", "_consumer"},
+    {"_processing"},
+    {"_messages", "_operation"},
+    {"_propagation", "_attributes", "_metrics", "_client", "_loops", "_coexistence"},
+    {"_config"},
+    {"_semconv", "_safety"},
+    {"package"},
+]
+
+
+def test_the_extras_agree_with_the_package() -> None:
+    requires = distribution("otel-kafka-python").requires or []
+    extras: dict[str, set[str]] = {"instruments": set(), "instruments-any": set()}
+    for line in requires:
+        requirement = Requirement(line)
+        for name, found in extras.items():
+            marker = requirement.marker
+            if marker and "extra" in str(marker) and marker.evaluate({"extra": name}):
+                found.add(f"{requirement.name}{requirement.specifier}")
+    assert extras["instruments"] == set(package._instruments) == set()
+    assert extras["instruments-any"] == {
+        f"{requirement.name}{requirement.specifier}"
+        for requirement in map(Requirement, package._instruments_any)
+    }
+
+
+def test_the_entry_points_are_ours() -> None:
+    (instrumentor,) = entry_points(
+        group="opentelemetry_instrumentor", name="kafka_python"
+    )
+    assert instrumentor.load() is KafkaPythonInstrumentor
+    (post,) = entry_points(group="opentelemetry_post_instrument", name="kafka_python")
+    assert post.load() is take_over
+
+
+def test_the_version_is_one() -> None:
+    assert distribution("otel-kafka-python").version == otel_kafka_python.__version__
+
+
+def test_it_does_not_depend_on_the_sdk() -> None:
+    names = {
+        Requirement(line).name
+        for line in distribution("otel-kafka-python").requires or []
+        if "extra" not in line
+    }
+    assert names == {
+        "opentelemetry-api",
+        "opentelemetry-instrumentation",
+        "opentelemetry-semantic-conventions",
+        "wrapt",
+    }
+
+
+def test_it_is_typed() -> None:
+    assert (SOURCE / "py.typed").exists()
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules of ours that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "otel_kafka_python":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("otel_kafka_python."):
+                found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_import_is_one_way_down_the_map(path: Path) -> None:
+    (level,) = [i for i, names in enumerate(LEVELS) if path.stem in names]
+    below = set().union(*LEVELS[level + 1 :])
+    assert _imports(path) <= below
+
+
+def test_the_map_in_the_docstring_is_the_map() -> None:
+    documented = re.findall(
+        r"^    (\w+) {2,}\S", otel_kafka_python.__doc__ or "", re.MULTILINE
+    )
+    assert set(documented) == set().union(*LEVELS) - {"__init__"}
+    levels = {name: i for i, names in enumerate(LEVELS) for name in names}
+    assert documented == sorted(documented, key=lambda name: levels[name])
+
+
+def test_only_one_module_imports_wrapt_and_only_one_reads_the_environment() -> None:
+    sources = {path.stem: path.read_text() for path in SOURCE.glob("*.py")}
+    assert [n for n, text in sources.items() if "import wrapt" in text] == ["_patches"]
+    assert [n for n, text in sources.items() if "os.environ" in text] == ["_config"]

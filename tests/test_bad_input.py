@@ -1,0 +1,108 @@
+"""Brokers that are not there, calls that make no sense: as without the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from embedded_broker import EmbeddedBroker
+from kafka import KafkaConsumer, KafkaProducer
+
+from apache_broker import free_ports
+from clients import DEADLINE, VERSION, Clients, poll
+from conftest import Instrument
+from recorder import Recorder
+
+
+@pytest.mark.parametrize("client", [KafkaProducer, KafkaConsumer])
+def test_a_broker_that_is_not_there_is_said_by_kafka_python(
+    instrument: Instrument, recorder: Recorder, client: Any
+) -> None:
+    (port,) = free_ports(1)
+    config = {
+        "bootstrap_servers": f"127.0.0.1:{port}",
+        # So long kafka-python looks for it, in one version or the other.
+        **({"bootstrap_timeout_ms": 500} if VERSION >= (3, 0) else {}),
+        **({"api_version_auto_timeout_ms": 500} if VERSION < (3, 0) else {}),
+    }
+    known = {key: value for key, value in config.items() if key in DEFAULTS[client]}
+    with pytest.raises(Exception) as before:
+        client(**known)
+    instrument()
+    with pytest.raises(before.type):
+        client(**known)
+    assert recorder.started == []
+
+
+DEFAULTS: dict[Any, Any] = {
+    client: {"bootstrap_servers", *client.DEFAULT_CONFIG}
+    for client in (KafkaProducer, KafkaConsumer)
+}
+
+
+def test_a_broker_that_goes_away_under_a_consumer_is_no_error_of_ours(
+    instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    with EmbeddedBroker() as broker:
+        clients = Clients(broker.address, topic)
+        clients.send(b"1")
+        consumer = clients.consumer()
+        poll(consumer)
+        broker.kill()
+        assert consumer.poll(timeout_ms=500) == {}
+        clients.close()
+    assert recorder.names() == [f"poll {topic}", f"send {topic}"]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        (("topic", b"value", None, None, None, None, "too many"), {}),
+        (("topic", b"value"), {"topic": "twice"}),
+        (("topic", b"value"), {"unknown": 1}),
+        ((None, b"value"), {}),
+        ((1, b"value"), {}),
+        ((["topic"], b"value"), {}),
+        (("topic",), {"value": object()}),
+        (("topic", b"value"), {"partition": "one"}),
+        (("topic", b"value"), {"partition": [1]}),
+    ],
+    ids=repr,
+)
+def test_a_call_that_makes_no_sense_fails_as_it_does_without(
+    instrument: Instrument, clients: Clients, recorder: Recorder, args: Any, kwargs: Any
+) -> None:
+    producer = clients.producer(max_block_ms=300)
+
+    def outcome() -> str:
+        try:
+            return repr(type(producer.send(*args, **kwargs).get(DEADLINE)))
+        except Exception as error:
+            return f"{type(error)}: {error}".split(" at 0x")[0]
+
+    before = outcome()
+    instrument()
+    assert outcome() == before
+    producer.flush()
+    assert recorder.open() == []
+
+
+def test_a_client_without_a_configuration_is_traced_with_what_there_is(
+    instrument: Instrument, recorder: Recorder, topic: str, log: Any
+) -> None:
+    """As tests of applications have it, which replace the constructor."""
+
+    class Fake(KafkaProducer):  # type: ignore[misc]  # untyped
+        def __init__(self) -> None:
+            self._closed = True
+
+        def __del__(self) -> None:
+            pass
+
+    instrument()
+    with pytest.raises(Exception):  # noqa: B017 (whatever it is)
+        Fake().send(topic, b"value")
+    assert recorder.names() == [f"send {topic}"]
+    (message,) = log.take()
+    assert message.startswith("Failed to read the configuration of a client")

@@ -1,0 +1,146 @@
+"""Three services, one broker, one trace of them all.
+
+    python examples/demo
+
+starts the embedded broker and three services, each under `opentelemetry-instrument`,
+has one checkout go through them, and draws its trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import story  # noqa: E402 (beside this file)
+import waterfall  # noqa: E402
+from embedded_broker import EmbeddedBroker, die_with_parent  # noqa: E402
+from kafka.admin import KafkaAdminClient, NewTopic  # noqa: E402
+from opentelemetry.test._otlp_test_server import OtlpProtoTestServer  # noqa: E402
+
+PATIENCE = 60.0
+ORDERS, REFUSED = 4, 1
+
+
+@contextlib.contextmanager
+def service(
+    name: str, broker: EmbeddedBroker, receiver: OtlpProtoTestServer, log: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a service, and have it stop when the demo does."""
+    launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
+    process = subprocess.Popen(
+        [launcher, sys.executable, HERE / f"{name}.py"],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        preexec_fn=die_with_parent,
+        env={
+            **os.environ,
+            "BROKER": broker.address,
+            "OTEL_SERVICE_NAME": name,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_LOGS_EXPORTER": "none",
+            "OTEL_METRICS_EXPORTER": "none",
+            # The demo has no patience; a service keeps the default.
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        },
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    impatience = threading.Timer(PATIENCE, process.kill)
+    impatience.start()
+    try:
+        if process.stdout.readline() != b"ready\n":
+            raise story.UnexpectedTraceError(f"{process.args[2]} did not start")  # type: ignore[index]
+    finally:
+        impatience.cancel()
+
+
+def collect(
+    receiver: OtlpProtoTestServer, timeout: float
+) -> tuple[list[story.Span], story.Span]:
+    """Wait until the traces are as they should be, or say what is wrong with them."""
+    deadline = time.monotonic() + timeout
+    received = []
+    while True:
+        received += receiver.drain_spans()
+        spans = story.read(received)
+        try:
+            return spans, story.check(spans, ORDERS, REFUSED)
+        except story.UnexpectedTraceError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def run(log: IO[bytes], timeout: float) -> tuple[list[story.Span], story.Span]:
+    with EmbeddedBroker() as broker, OtlpProtoTestServer() as receiver:
+        admin = KafkaAdminClient(bootstrap_servers=broker.address)
+        admin.create_topics([NewTopic(each, 1, 1) for each in ("orders", "payments")])
+        admin.close()
+        with (
+            service("payments", broker, receiver, log) as payments,
+            service("shipping", broker, receiver, log) as shipping,
+        ):
+            for each in (payments, shipping):
+                wait_until_ready(each)
+            with service("orders", broker, receiver, log) as orders:
+                orders.wait(PATIENCE)
+            return collect(receiver, timeout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--svg",
+        type=Path,
+        default=Path("build/demo.svg"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=PATIENCE,
+        help="how many seconds to wait for the traces (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    with tempfile.TemporaryFile() as log:
+        try:
+            spans, root = run(log, arguments.timeout)
+        except story.UnexpectedTraceError as error:
+            log.seek(0)
+            print(f"The traces are not as expected: {error}", file=sys.stderr)
+            print(log.read().decode(), file=sys.stderr)
+            return 1
+    lines = waterfall.explain(*story.bottleneck(root))
+    waterfall.show(root, story.polls(spans, root.trace_id), lines, arguments.svg)
+    print(f" The same picture is in {arguments.svg}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

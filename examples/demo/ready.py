@@ -1,0 +1,14 @@
+"""Tells the demo that a service has its partitions and will wait for nothing else."""
+
+from typing import Any
+
+from kafka import ConsumerRebalanceListener
+
+
+class Ready(ConsumerRebalanceListener):
+    def on_partitions_revoked(self, revoked: Any) -> None:
+        pass
+
+    def on_partitions_assigned(self, assigned: Any) -> None:
+        if assigned:
+            print("ready", flush=True)

@@ -1,0 +1,185 @@
+"""What the demo expects to see, what it saw, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ERROR = 2  # opentelemetry.proto.trace.v1.Status.StatusCode.STATUS_CODE_ERROR
+
+
+@dataclass
+class Span:
+    """A span as it came by OTLP; times are in nanoseconds since the epoch."""
+
+    name: str
+    service: str
+    span_id: bytes
+    parent_id: bytes
+    trace_id: bytes
+    start: int
+    end: int
+    failed: bool
+    attributes: dict[str, Any]
+    links: list[tuple[bytes, bytes]]
+    children: list[Span] = field(default_factory=list)
+
+    @property
+    def duration(self) -> int:
+        return self.end - self.start
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Span]]:
+        """This span and all below it, each with its depth, in the order of time."""
+        yield depth, self
+        for child in sorted(self.children, key=lambda child: child.start):
+            yield from child.walk(depth + 1)
+
+    def child(self, name: str) -> Span:
+        """The only child of a name."""
+        (found,) = [child for child in self.children if child.name == name]
+        return found
+
+
+def read(received: Iterable[Any]) -> list[Span]:
+    """Take spans from what an OTLP receiver has recorded."""
+    spans = []
+    for each in received:
+        span = each.span
+        resource = _values(each.resource.attributes)
+        spans.append(
+            Span(
+                span.name,
+                resource["service.name"],
+                span.span_id,
+                span.parent_span_id,
+                span.trace_id,
+                span.start_time_unix_nano,
+                span.end_time_unix_nano,
+                span.status.code == ERROR,
+                _values(span.attributes),
+                [(link.trace_id, link.span_id) for link in span.links],
+            )
+        )
+    return spans
+
+
+def _values(attributes: Iterable[Any]) -> dict[str, Any]:
+    return {
+        each.key: getattr(each.value, each.value.WhichOneof("value"))
+        for each in attributes
+    }
+
+
+def tree(spans: list[Span]) -> Span | None:
+    """The checkout with all spans of its trace below it, or None if it is not there."""
+    by_id = {span.span_id: span for span in spans}
+    for span in spans:
+        span.children = []
+    for span in spans:
+        if span.parent_id in by_id:
+            by_id[span.parent_id].children.append(span)
+    return next((span for span in spans if span.name == "checkout"), None)
+
+
+def polls(spans: list[Span], trace_id: bytes) -> list[Span]:
+    """The polls, each a trace of its own, that link to messages of a trace."""
+    return [
+        span
+        for span in spans
+        if span.name == "poll payments"
+        and any(trace_id == linked for linked, _ in span.links)
+    ]
+
+
+class UnexpectedTraceError(Exception):
+    """The traces are not those that they should be."""
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise UnexpectedTraceError(what)
+
+
+def check(spans: list[Span], orders: int, refused: int) -> Span:
+    """Hold what was seen against the story.
+
+    Args:
+        spans: All spans that have come.
+        orders: How many orders were sent.
+        refused: How many of them are too large for the broker.
+
+    Returns:
+        The checkout, the root of the trace.
+
+    Raises:
+        UnexpectedTraceError: Something is missing or wrong; it says what.
+    """
+    root = tree(spans)
+    if root is None:
+        raise UnexpectedTraceError("there is no span of the checkout")
+    sends = [span for span in root.children if span.name == "send orders"]
+    expect(len(sends) == orders, f"{len(sends)} of {orders} sends")
+    failed = [span for span in sends if span.failed]
+    expect(len(failed) == refused, f"{len(failed)} of {refused} refused sends")
+    for send in failed:
+        expect(not send.children, "a refused order was processed")
+        error_type = send.attributes.get("error.type")
+        expect(error_type == "MESSAGE_TOO_LARGE", f"error.type is {error_type}")
+    linked = {link for poll in polls(spans, root.trace_id) for link in poll.links}
+    for send in sends:
+        if send.failed:
+            continue
+        names = [span.name for _, span in send.walk()]
+        chain = ["send orders", "process orders", "send payments", "process payments"]
+        expect(names == [*chain, "INSERT"], f"an order's spans are {names}")
+        services = [span.service for _, span in send.walk()]
+        passed = ["orders", "payments", "payments", "shipping", "shipping"]
+        expect(services == passed, f"an order's services are {services}")
+        payment = send.child("process orders").child("send payments")
+        expect(
+            (payment.trace_id, payment.span_id) in linked,
+            "no poll links to a payment",
+        )
+    return root
+
+
+@dataclass
+class Stage:
+    """A part of an order's way; how long it took is in nanoseconds."""
+
+    what: str
+    where: str
+    duration: int
+
+
+def stages(send: Span) -> list[Stage]:
+    """Where the time of one order went, from its send to the end of its shipping."""
+    found = []
+    for topic in ("orders", "payments"):
+        process = send.child(f"process {topic}")
+        found += [
+            Stage("waiting for acknowledgements", topic, send.duration),
+            Stage("waiting in topics", topic, max(0, process.start - send.end)),
+        ]
+        within = 0
+        for child in process.children:
+            if child.name == "send payments":
+                send, within = child, child.duration
+        found.append(
+            Stage("being processed", process.service, process.duration - within)
+        )
+    return found
+
+
+def bottleneck(root: Span) -> tuple[Span, list[Stage], Stage]:
+    """The slowest order, the stages of its way, and the longest processing.
+
+    An order that waits in a topic waits for those before it, so that it is the
+    service behind the topic that is slow, not the broker.
+    """
+    delivered = [s for s in root.children if s.name == "send orders" and s.children]
+    slowest = max(delivered, key=lambda send: max(s.end for _, s in send.walk()))
+    found = stages(slowest)
+    processing = [stage for stage in found if stage.what == "being processed"]
+    return slowest, found, max(processing, key=lambda stage: stage.duration)

@@ -102,7 +102,7 @@ class Recorder(SpanProcessor):
 
         A keyword is an attribute's name with `_` for `.`.
         """
-        found = []
+        found: list[Any] = []
         data = self.reader.get_metrics_data()
         for resource in data.resource_metrics if data else ():
             for scope in resource.scope_metrics:
@@ -119,7 +119,7 @@ class Recorder(SpanProcessor):
     def count(self, name: str, **attributes: Any) -> int:
         """The messages counted, or the durations recorded."""
         points = self.points(name, **attributes)
-        return sum(getattr(p, "value", None) or getattr(p, "count", 0) for p in points)
+        return sum(p.value if hasattr(p, "value") else p.count for p in points)
 
 
 class Log(logging.Handler):

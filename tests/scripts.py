@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(
     *arguments: str,
     launched: bool = False,
     paths: tuple[Path, ...] = (),
-    **environ: str,
+    environ: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end and return what it printed."""
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
@@ -63,7 +64,7 @@ def run(
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (*paths, *PATHS))),
-            **environ,
+            **(environ or {}),
         },
     )
 

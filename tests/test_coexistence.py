@@ -134,10 +134,12 @@ def launch(clients: Clients, *paths: Path, **environ: str) -> tuple[list[str], s
         clients.topic,
         launched=True,
         paths=paths,
-        OTEL_TRACES_EXPORTER="none",
-        OTEL_METRICS_EXPORTER="none",
-        OTEL_LOGS_EXPORTER="none",
-        **environ,
+        environ={
+            "OTEL_TRACES_EXPORTER": "none",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_LOGS_EXPORTER": "none",
+            **environ,
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr

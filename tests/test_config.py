@@ -104,6 +104,7 @@ def test_the_limit_of_links_is_the_sdks(value: str, limit: int) -> None:
 
 def test_every_setting_is_a_keyword_of_instrument() -> None:
     documented = KafkaPythonInstrumentor.instrument.__kwdefaults__
+    assert documented is not None
     providers = {"tracer_provider", "meter_provider"}
     assert set(documented) - providers == set(_config._PARSERS)
     assert KafkaPythonInstrumentor.instrument.__doc__ is not None

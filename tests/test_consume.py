@@ -194,7 +194,7 @@ def test_a_poll_over_partitions_says_on_each_link_which(
     consumer = two_partitions.consumer()
     # Both partitions in one poll: wait until both have been fetched.
     consumer.poll(timeout_ms=0)
-    seen = set()
+    seen: set[Any] = set()
     while len(seen) < 2:
         recorder.ended.clear()
         records = poll(consumer)

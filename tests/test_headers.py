@@ -159,7 +159,9 @@ def test_a_broker_without_headers_gets_none(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     # No broker that can be had is so old: the client is told that this one is.
-    config = {"enable_idempotence": False} if VERSION >= (3, 0) else {}
+    config: dict[str, Any] = {}
+    if VERSION >= (3, 0):
+        config["enable_idempotence"] = False
     producer = clients.producer(
         api_version=(0, 10, 2), linger_ms=int(DEADLINE * 1000), **config
     )

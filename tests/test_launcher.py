@@ -40,11 +40,13 @@ def launch(clients: Clients, receiver: OtlpProtoTestServer, **environ: str) -> s
         clients.address,
         clients.topic,
         launched=True,
-        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.traces_endpoint.removesuffix("/v1/traces"),
-        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
-        OTEL_LOGS_EXPORTER="none",
-        OTEL_SERVICE_NAME="application",
-        **environ,
+        environ={
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_LOGS_EXPORTER": "none",
+            "OTEL_SERVICE_NAME": "application",
+            **environ,
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -69,13 +69,13 @@ def service(
             process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     impatience = threading.Timer(PATIENCE, process.kill)
     impatience.start()
     try:
         if process.stdout.readline() != b"ready\n":
-            raise story.UnexpectedTraceError(f"{process.args[2]} did not start")  # type: ignore[index]
+            raise story.UnexpectedTraceError(f"{name} did not start")
     finally:
         impatience.cancel()
 
@@ -106,8 +106,8 @@ def run(log: IO[bytes], timeout: float) -> tuple[list[story.Span], story.Span]:
             service("payments", broker, receiver, log) as payments,
             service("shipping", broker, receiver, log) as shipping,
         ):
-            for each in (payments, shipping):
-                wait_until_ready(each)
+            wait_until_ready("payments", payments)
+            wait_until_ready("shipping", shipping)
             with service("orders", broker, receiver, log) as orders:
                 orders.wait(PATIENCE)
             return collect(receiver, timeout)

@@ -5,7 +5,7 @@ from typing import Any
 from kafka import ConsumerRebalanceListener
 
 
-class Ready(ConsumerRebalanceListener):
+class Ready(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped
     def on_partitions_revoked(self, revoked: Any) -> None:
         pass
 

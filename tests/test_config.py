@@ -47,6 +47,17 @@ def test_excluded_topics_are_globs(given: Any) -> None:
     ]
 
 
+def test_the_parent_of_process_spans_is_one_of_two(log: Log) -> None:
+    variable = "OTEL_PYTHON_KAFKA_PROCESS_PARENT"
+    assert load({}, {variable: "None"}).process_parent == "none"
+    assert load({"process_parent": "message"}, {variable: "none"}) == Config()
+    assert load({"process_parent": "ambient"}, {}) == Config()
+    assert log.take() == [
+        "the keyword process_parent is 'ambient', but should be message or none; "
+        "the default, message, is used instead"
+    ]
+
+
 def test_excluded_topics_have_a_variable() -> None:
     config = load({}, {"OTEL_PYTHON_KAFKA_EXCLUDED_TOPICS": "a,b*"})
     assert config.excluded_topics == ("a", "b*")

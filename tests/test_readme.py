@@ -118,7 +118,7 @@ def test_the_table_of_settings_is_complete() -> None:
     assert documented == {
         name: (
             "" if name.endswith("_hook") else f"OTEL_PYTHON_KAFKA_{name.upper()}",
-            "true" if getattr(defaults, name) is True else "none",
+            str(getattr(defaults, name) or "none").lower(),
         )
         for name in _config._PARSERS
     }

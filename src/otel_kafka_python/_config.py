@@ -40,6 +40,7 @@ class Config:
     send_spans: bool = True
     receive_spans: bool = True
     process_spans: bool = True
+    process_parent: str = "message"
     capture_message_key: bool = True
     # The SDK keeps the newest links up to its own limit; building more is waste.
     link_limit: int = _DEFAULT_LINK_LIMIT
@@ -103,6 +104,12 @@ def _boolean(value: object) -> bool:
     raise ValueError("true or false")
 
 
+def _process_parent(value: object) -> str:
+    if isinstance(value, str) and value.strip().lower() in ("message", "none"):
+        return value.strip().lower()
+    raise ValueError("message or none")
+
+
 def _globs(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(glob.strip() for glob in value.split(",") if glob.strip())
@@ -127,5 +134,6 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "send_spans": _boolean,
     "receive_spans": _boolean,
     "process_spans": _boolean,
+    "process_parent": _process_parent,
     "capture_message_key": _boolean,
 }

@@ -53,6 +53,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         send_spans: bool | None = None,
         receive_spans: bool | None = None,
         process_spans: bool | None = None,
+        process_parent: str | None = None,
         capture_message_key: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -78,6 +79,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             send_spans: Whether `send` makes spans. Default: true.
             receive_spans: Whether `poll` and `next` make spans. Default: true.
             process_spans: Whether loops over records make spans. Default: true.
+            process_parent: "message": a process span is a child of the message's
+                creation context, unless another span is current; "none": it is the
+                root of a trace of its own and only links. Default: "message".
             capture_message_key: Whether spans have the key of their message.
                 Default: true.
             **kwargs: `skip_dep_check` and `raise_exception_on_conflict`, as
@@ -93,6 +97,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             send_spans=send_spans,
             receive_spans=receive_spans,
             process_spans=process_spans,
+            process_parent=process_parent,
             capture_message_key=capture_message_key,
             **kwargs,
         )

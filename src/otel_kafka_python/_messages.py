@@ -32,7 +32,7 @@ class Account(NamedTuple):
 
     attributes: Attributes
     links: list[Link]
-    # What the headers of the only message carried, or nothing.
+    # What the headers of a single message carried; of a batch nothing.
     context: Context
 
 
@@ -66,10 +66,11 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
         attributes.update(_attributes_of(config, records[0]))
         context = _extract(records[0])
         created = creation_context(context)
-        return Account(attributes, [Link(created)] if created else [], context)
+        links = [Link(created)] if created else []
+        return Account(attributes, links, Context() if batch else context)
     several_topics = shared_topic(records) is None
     several_partitions = shared_partition(records) is None
-    links: list[Link] = []
+    links = []
     # Of too many links the SDK keeps the newest: only those are built.
     for record in reversed(records):
         if len(links) >= config.link_limit:

@@ -240,7 +240,9 @@ def open_scope(
     account = account_for(config, records, batch=batch)
     context = parent = Context({**base, **account.context})
     ambient = get_current_span(base)
-    if ambient.get_span_context().is_valid:
+    if config.process_parent == "none":
+        parent = set_span_in_context(INVALID_SPAN, context)
+    elif ambient.get_span_context().is_valid:
         parent = set_span_in_context(ambient, context)
     span = telemetry.start_span(
         facts,

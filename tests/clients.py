@@ -15,6 +15,18 @@ VERSION = tuple(int(part) for part in kafka.__version__.split(".")[:2])
 DEADLINE = 30.0
 
 
+class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped
+    """A consumer that stops after `count` records, with no time-out to wait for."""
+
+    count = 0
+
+    def __next__(self) -> Any:
+        if self.count == 0:
+            raise StopIteration
+        self.count -= 1
+        return super().__next__()
+
+
 class Clients:
     """Makes producers and consumers, and closes them."""
 
@@ -48,6 +60,12 @@ class Clients:
         for value in values:
             producer.send(self.topic, value, **arguments)
         producer.flush()
+
+    def finite(self, count: int, **config: Any) -> Any:
+        """A consumer whose iteration stops after so many records."""
+        consumer = self.consumer(cls=Finite, **config)
+        consumer.count = count
+        return consumer
 
     def close(self) -> None:
         for client in self._made:

@@ -55,7 +55,10 @@ def unpacking(items: Items) -> None:
 
 
 def with_else(items: Items) -> None:
-    for _ in items:
+    for item in items:
+        if not item:
+            break
+    else:
         pass
 
 
@@ -165,6 +168,16 @@ def in_generator(items: Items) -> None:
     list(generate())
 
 
+def of_delegation(items: Items) -> None:
+    for _ in _delegate(items):
+        pass
+
+
+def of_delegation_twice(items: Items) -> None:
+    for _ in _delegate(_delegate(items)):
+        pass
+
+
 def in_lambda_called(items: Items) -> None:
     (lambda: plain(items))()
 
@@ -216,7 +229,8 @@ LOOPS = [
     with_with, with_while, ending_with_append, ending_with_display,
     ending_with_comprehension, ending_with_dict_comprehension, ending_with_nested_loop,
     nested_in_loop, of_enumerate, of_zip, of_islice, of_chain, of_map, in_generator,
-    in_lambda_called, in_class_body, in_exec, in_coroutine, in_thread, with_match,
+    of_delegation, of_delegation_twice, in_lambda_called, in_class_body,
+    in_exec, in_coroutine, in_thread, with_match,
     with_large_body, with_large_body_before,
 ]  # fmt: skip
 
@@ -263,6 +277,8 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
     "genexpr": lambda items: list(item for item in items),
     "async comprehension": lambda items: asyncio.run(_async_comprehension(items)),
     "yield from": lambda items: list(_delegate(items)),
+    "next of yield from": lambda items: next(_delegate(items)),
+    "listcomp of yield from": lambda items: [item for item in _delegate(items)],
     "pool.map": lambda items: list(_pool_map(items)),
     "run_in_executor": lambda items: asyncio.run(_in_executor(items)),
     "json": lambda items: json.dumps(list(items)),
@@ -274,7 +290,7 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
 }
 
 
-def _delegate(items: Items) -> Iterator[Any]:
+def _delegate(items: Any) -> Iterator[Any]:
     yield from items
 
 
@@ -318,6 +334,16 @@ def test_nothing_else_is_a_loop(ask: Callable[[Items], Any]) -> None:
     assert not any(items.answers)
 
 
+def test_a_generator_is_asked_by_whoever_resumes_it() -> None:
+    items = Items()
+    generator = _delegate(items)
+    next(generator)
+    for _ in generator:
+        break
+    next(generator)
+    assert items.answers == [False, True, False]
+
+
 @contextlib.contextmanager
 def _settrace() -> Iterator[None]:
     def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -354,7 +380,7 @@ def _monitoring() -> Iterator[None]:
 def test_debuggers_and_coverage_change_nothing(watched: Callable[[], Any]) -> None:
     loops = [(loop, Items()) for loop in (plain, ending_with_comprehension, of_zip)]
     others = [(OTHERS[name], Items()) for name in ("listcomp", "outer of two", "list")]
-    _loops.is_loop_at.cache_clear()
+    _loops.asker_at.cache_clear()
     with watched():
         for ask, items in loops + others:
             ask(items)
@@ -366,7 +392,7 @@ def test_after_many_rounds_the_answer_is_the_same() -> None:
     """CPython rewrites a loop's instructions once it is warm."""
     for _ in range(100):
         items = Items(100)
-        _loops.is_loop_at.cache_clear()
+        _loops.asker_at.cache_clear()
         plain(items)
         assert all(items.answers)
 
@@ -380,16 +406,16 @@ def test_bytecode_that_is_not_understood_is_no_loop(
 ) -> None:
     """As on a version of Python that is yet to come: no broker has a part in it."""
 
-    def misread(code: CodeType, offset: int) -> bool:
+    def misread(code: CodeType, offset: int) -> Any:
         raise IndexError
 
-    monkeypatch.setattr(_loops, "_is_for", misread)
+    monkeypatch.setattr(_loops, "_read", misread)
     _loops._is_trusted.cache_clear()
-    _loops.is_loop_at.cache_clear()
+    _loops.asker_at.cache_clear()
     items = Items()
     plain(items)
     _loops._is_trusted.cache_clear()
-    _loops.is_loop_at.cache_clear()
+    _loops.asker_at.cache_clear()
     assert not any(items.answers)
 
 

@@ -16,11 +16,13 @@ import dis
 import os
 import sys
 from collections.abc import Iterator
+from enum import Enum, auto
 from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 
 _COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
+_DELEGATIONS = frozenset({"SEND", "YIELD_FROM"})
 _APPENDS = frozenset({"LIST_APPEND", "SET_ADD", "MAP_ADD"})
 # What stands between the last instruction of a loop's body and the first after
 # it; several in a row where the loop is the end of another loop's body.
@@ -32,22 +34,37 @@ _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 _THIRD_PARTY = ("site-packages", "dist-packages")
 
 
+class Asker(Enum):
+    """What kind of instruction asks for the next item."""
+
+    LOOP = auto()
+    DELEGATION = auto()  # a generator's `yield from`: who asks it, asks
+    OTHER = auto()
+
+
 def is_loop(frame: FrameType | None) -> bool:
-    """Whether a `for` statement in `frame` is what now asks for the next item.
+    """Whether a `for` statement is what now asks for the next item.
 
     `enumerate`, `zip` and other iterators written in C are seen as the `for`
-    that they stand in.
+    that they stand in, and so is a generator that delegates by `yield from`.
 
     Args:
         frame: The frame that called the iterator's `__next__`.
     """
-    return frame is not None and is_loop_at(frame.f_code, frame.f_lasti)
+    while frame is not None:
+        asker = asker_at(frame.f_code, frame.f_lasti)
+        if asker is not Asker.DELEGATION:
+            return asker is Asker.LOOP
+        frame = frame.f_back
+    return False
 
 
 @lru_cache(maxsize=1024)
-def is_loop_at(code: CodeType, offset: int) -> bool:
-    """Whether the instruction at `offset` of `code` is a `for` statement's."""
-    return _is_trusted() and not _is_library(code.co_filename) and _is_for(code, offset)
+def asker_at(code: CodeType, offset: int) -> Asker:
+    """What the instruction at `offset` of `code` is, as far as that is known."""
+    if not _is_trusted() or _is_library(code.co_filename):
+        return Asker.OTHER
+    return _read(code, offset)
 
 
 def _is_library(filename: str) -> bool:
@@ -58,9 +75,9 @@ def _is_library(filename: str) -> bool:
     )
 
 
-def _is_for(code: CodeType, offset: int) -> bool:
+def _read(code: CodeType, offset: int) -> Asker:
     if code.co_name in _COMPREHENSIONS:
-        return False
+        return Asker.OTHER
     instructions = list(dis.get_instructions(code))
     # The offset may be that of an inline cache behind the instruction, or of an
     # EXTENDED_ARG before it.
@@ -68,8 +85,10 @@ def _is_for(code: CodeType, offset: int) -> bool:
     while instructions[index].opname == "EXTENDED_ARG":
         index += 1
     asking = instructions[index]
+    if asking.opname in _DELEGATIONS:
+        return Asker.DELEGATION
     if asking.opname != "FOR_ITER":
-        return False
+        return Asker.OTHER
     # Since 3.12 a comprehension stands inline in the code around it. It differs
     # from a statement in that each round of its loop ends with an append.
     end = next(i for i, each in enumerate(instructions) if each.offset == asking.argval)
@@ -79,8 +98,8 @@ def _is_for(code: CodeType, offset: int) -> bool:
         if name == "POP_TOP" and before == "END_FOR":
             continue
         if name not in _LOOP_ENDS:
-            return name not in _APPENDS
-    return True
+            return Asker.OTHER if name in _APPENDS else Asker.LOOP
+    return Asker.LOOP
 
 
 class _Probe:
@@ -94,7 +113,7 @@ class _Probe:
 
     def __next__(self) -> tuple[int, ...]:
         frame = sys._getframe(1)
-        self.answers.append(_is_for(frame.f_code, frame.f_lasti))
+        self.answers.append(_read(frame.f_code, frame.f_lasti) is Asker.LOOP)
         if len(self.answers) == 3:  # noqa: PLR2004 (as the class says)
             raise StopIteration
         return (1, 2)

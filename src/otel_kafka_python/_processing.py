@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 
 from otel_kafka_python import _config
 from otel_kafka_python._client import Client
-from otel_kafka_python._loops import is_loop
+from otel_kafka_python._loops import Asker, asker_at, is_loop
 from otel_kafka_python._messages import (
     Record,
     account_for,
@@ -101,27 +101,25 @@ class Scope(Operation):
         self._token = otel_context.attach(attached)
         self._entered = True
 
-    def leave(self) -> bool:
-        """Restore the context that was current before `enter`, if it was entered.
+    def leave(self) -> None:
+        """Restore the context that was current before `enter`, if that is to be done.
 
-        Returns:
-            False if that could not be done here: this is another thread or
-            another context, or an outer scope that ended first has done it.
+        It is not on another thread or in another context, nor where an outer scope
+        that ended first has done it.
         """
         if not self._entered:
-            return True
+            return
         self._entered = False
         scope = _innermost.get(None)
         while scope is not None and scope is not self:
             scope = scope._outer
         if scope is None:
-            return False
+            return
         try:
             _innermost.reset(self._marker)
         except ValueError:  # a copy of the context that it was entered in
-            return False
+            return
         otel_context.detach(self._token)
-        return True
 
     def close(self) -> None:
         """Leave the scope and end its operation."""
@@ -135,10 +133,11 @@ class Scope(Operation):
             collected: Whether the garbage collector found it, perhaps in the
                 midst of anything.
         """
-        if self.leave() and not collected:
-            self.end()
-        else:
+        self.leave()
+        if collected:
             leave_behind(self)
+        else:
+            self.end()
 
     def can_be_adopted(self) -> bool:
         """Whether the code that runs now is in this scope, on its own thread."""
@@ -268,13 +267,13 @@ class ScopedIterator:
     the loop is noticed.
     """
 
-    __slots__ = ("_asked_at", "_asked_in", "_by_loop", "_scope")
+    __slots__ = ("_asked_at", "_asked_in", "_asker", "_scope")
 
     def __init__(self) -> None:
         self._scope: Scope | None = None
         self._asked_in: CodeType | None = None
         self._asked_at = -1
-        self._by_loop = False
+        self._asker = Asker.OTHER
 
     def __iter__(self) -> Iterator[Record]:
         return self
@@ -297,8 +296,10 @@ class ScopedIterator:
         frame: FrameType = sys._getframe(2)
         if frame.f_code is not self._asked_in or frame.f_lasti != self._asked_at:
             self._asked_in, self._asked_at = frame.f_code, frame.f_lasti
-            self._by_loop = is_loop(frame)
-        return self._by_loop
+            self._asker = asker_at(frame.f_code, frame.f_lasti)
+        if self._asker is Asker.DELEGATION:
+            return is_loop(frame.f_back)
+        return self._asker is Asker.LOOP
 
     def _advance(self) -> Record:
         """Return the next record, or raise StopIteration."""

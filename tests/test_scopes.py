@@ -1,0 +1,751 @@
+"""The scope of process spans: whatever the loop, nothing leaks and nothing is lost.
+
+Each program consumes a topic in one shape of loop. It is run without and with the
+instrumentation, and has to see the same; after it the context is what it was before,
+and every span that started has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import gc
+import itertools
+import json
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import kafka
+import pytest
+from opentelemetry import context, trace
+from tqdm import tqdm
+
+from clients import Clients, poll
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from recorder import Recorder, attributes_of
+
+COUNT = 6
+
+
+class Watch:
+    """What a program sees of each record, and what is current when it does."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.current: list[Any] = []
+
+    def __call__(self, record: Any) -> None:
+        """Called in the body of a loop."""
+        self.seen.append((record.topic, record.offset, record.value))
+        span = trace.get_current_span()
+        # Neither the span of another record nor one that has ended.
+        offset = (getattr(span, "attributes", None) or {}).get("messaging.kafka.offset")
+        self.current.append((offset == record.offset, span.is_recording()))
+
+
+Program = Callable[[Clients, Watch], None]
+
+
+def records_of(clients: Clients) -> Any:
+    """What one poll of all records returned for the only partition."""
+    consumer = clients.consumer()
+    while True:
+        ((_, records),) = poll(consumer).items()
+        if len(records) == COUNT:
+            return records
+        consumer.seek_to_beginning()
+
+
+def loop_with_break(clients: Clients, watch: Watch) -> None:
+    for record in clients.consumer():
+        watch(record)
+        if record.offset == COUNT - 1:
+            break
+
+
+def loop_with_return(clients: Clients, watch: Watch) -> None:
+    for record in clients.consumer():
+        watch(record)
+        if record.offset == 2:
+            return
+
+
+def loop_with_exception(clients: Clients, watch: Watch) -> None:
+    try:
+        for record in clients.consumer():
+            watch(record)
+            if record.offset == 2:
+                raise ValueError
+    except ValueError:
+        watch.seen.append("caught")
+
+
+def loop_with_exception_inside(clients: Clients, watch: Watch) -> None:
+    for record in clients.consumer():
+        try:
+            watch(record)
+            raise ValueError
+        except ValueError:
+            if record.offset == COUNT - 1:
+                break
+            continue
+
+
+def loop_with_continue(clients: Clients, watch: Watch) -> None:
+    for record in clients.finite(COUNT):
+        watch(record)
+        if record.offset % 2:
+            continue
+        watch.seen.append("even")
+
+
+def loop_with_timeout(clients: Clients, watch: Watch) -> None:
+    for record in clients.consumer(consumer_timeout_ms=3000):
+        watch(record)
+    watch.seen.append("time-out")
+
+
+def loop_with_else(clients: Clients, watch: Watch) -> None:
+    for record in clients.finite(COUNT):
+        watch(record)
+        if record.offset == COUNT:
+            break
+    else:
+        # Whatever was current before the loop is current again.
+        watch.seen.append("else")
+
+
+def close_in_body(clients: Clients, watch: Watch) -> None:
+    consumer = clients.consumer()
+    for record in consumer:
+        watch(record)
+        if record.offset == 2:
+            consumer.close()
+
+
+def seek_in_body(clients: Clients, watch: Watch) -> None:
+    consumer = clients.consumer()
+    again = 2
+    for record in consumer:
+        watch(record)
+        if record.offset == 3 and again:
+            again -= 1
+            consumer.seek(kafka.TopicPartition(record.topic, record.partition), 1)
+        if record.offset == COUNT - 1:
+            break
+
+
+def second_loop(clients: Clients, watch: Watch) -> None:
+    consumer = clients.consumer()
+    for _ in range(3):
+        for record in consumer:
+            watch(record)
+            if record.offset % 2:
+                break
+
+
+def nested_loops(clients: Clients, watch: Watch) -> None:
+    inner = clients.consumer()
+    for outer in clients.consumer():
+        watch(outer)
+        for record in inner:
+            watch(record)
+            if record.offset % 2:
+                break
+        watch(outer)
+        if outer.offset == 2:
+            break
+
+
+def loop_in_loop_over_polled(clients: Clients, watch: Watch) -> None:
+    records = records_of(clients)
+    for outer in clients.consumer():
+        watch(outer)
+        for record in records:
+            watch(record)
+        watch(outer)
+        break
+
+
+def zipped(clients: Clients, watch: Watch) -> None:
+    for first, second in zip(clients.consumer(), clients.consumer(), strict=False):
+        watch.seen.append(first.offset)
+        watch(second)
+        if first.offset == COUNT - 1:
+            break
+
+
+def zipped_with_the_shorter_second(clients: Clients, watch: Watch) -> None:
+    second = clients.consumer()
+    for one, two in zip(clients.consumer(), itertools.islice(second, 3), strict=False):
+        watch.seen.append(one.offset)
+        watch(two)
+
+
+def enumerated(clients: Clients, watch: Watch) -> None:
+    for number, record in enumerate(clients.consumer()):
+        watch(record)
+        if number == COUNT - 1:
+            break
+
+
+def sliced(clients: Clients, watch: Watch) -> None:
+    for record in itertools.islice(clients.consumer(), COUNT):
+        watch(record)
+
+
+def in_a_generator(clients: Clients, watch: Watch) -> None:
+    def generate() -> Iterator[Any]:
+        for record in clients.consumer():
+            yield record
+            if record.offset == COUNT - 1:
+                return
+
+    for record in generate():
+        watch(record)
+
+
+def in_a_generator_that_is_left(clients: Clients, watch: Watch) -> None:
+    def generate() -> Iterator[Any]:
+        yield from iter(clients.consumer())
+
+    def loop() -> Iterator[Any]:
+        for record in clients.consumer():
+            yield record
+
+    for record in loop():
+        watch(record)
+        if record.offset == 2:
+            break
+    for record in generate():
+        watch(record)
+        if record.offset == 2:
+            break
+
+
+def under_tqdm(clients: Clients, watch: Watch) -> None:
+    for record in tqdm(clients.consumer(), disable=None, total=COUNT):
+        watch(record)
+        if record.offset == COUNT - 1:
+            break
+
+
+def under_tqdm_that_shows(clients: Clients, watch: Watch) -> None:
+    with open("/dev/null", "w") as nowhere:  # noqa: PTH123 (as short as it gets)
+        for record in tqdm(clients.consumer(), total=COUNT, file=nowhere):
+            watch(record)
+            if record.offset == COUNT - 1:
+                break
+
+
+def in_a_coroutine(clients: Clients, watch: Watch) -> None:
+    async def consume() -> None:
+        for record in clients.consumer():
+            watch(record)
+            await asyncio.sleep(0)
+            watch(record)
+            if record.offset == COUNT - 1:
+                break
+
+    asyncio.run(consume())
+
+
+def in_two_tasks(clients: Clients, watch: Watch) -> None:
+    async def consume() -> None:
+        for record in clients.consumer():
+            watch(record)
+            await asyncio.sleep(0)
+            watch(record)
+            if record.offset == COUNT - 1:
+                break
+
+    async def both() -> None:
+        await asyncio.gather(consume(), consume())
+
+    asyncio.run(both())
+
+
+def in_a_thread(clients: Clients, watch: Watch) -> None:
+    thread = threading.Thread(target=loop_with_break, args=(clients, watch))
+    thread.start()
+    thread.join()
+
+
+def in_a_copied_context(clients: Clients, watch: Watch) -> None:
+    contextvars.copy_context().run(loop_with_break, clients, watch)
+
+
+def over_polled(clients: Clients, watch: Watch) -> None:
+    for record in records_of(clients):
+        watch(record)
+
+
+def over_polled_with_break(clients: Clients, watch: Watch) -> None:
+    records = records_of(clients)
+    for record in records:
+        watch(record)
+        if record.offset == 2:
+            break
+    watch.seen.append(len(records))
+
+
+def over_polled_with_exception(clients: Clients, watch: Watch) -> None:
+    try:
+        for record in records_of(clients):
+            watch(record)
+            if record.offset == 2:
+                raise ValueError
+    except ValueError:
+        watch.seen.append("caught")
+
+
+def over_polled_items(clients: Clients, watch: Watch) -> None:
+    consumer = clients.consumer()
+    while len(watch.seen) < COUNT:
+        for records in poll(consumer, max_records=2).values():
+            for record in records:
+                watch(record)
+
+
+def over_polled_chained(clients: Clients, watch: Watch) -> None:
+    for record in itertools.chain.from_iterable([records_of(clients)]):
+        watch(record)
+
+
+def with_commits(clients: Clients, watch: Watch) -> None:
+    consumer = clients.consumer(group_id=f"group-{clients.topic}-{id(watch)}")
+    for record in consumer:
+        watch(record)
+        consumer.commit()
+        watch(record)
+        if record.offset == COUNT - 1:
+            break
+
+
+PROGRAMS: list[Program] = [
+    loop_with_break, loop_with_return, loop_with_exception, loop_with_exception_inside,
+    loop_with_continue, loop_with_timeout, loop_with_else, close_in_body, seek_in_body,
+    second_loop, nested_loops, loop_in_loop_over_polled, zipped,
+    zipped_with_the_shorter_second, enumerated, sliced, in_a_generator,
+    in_a_generator_that_is_left, under_tqdm, under_tqdm_that_shows, in_a_coroutine,
+    in_two_tasks, in_a_thread, in_a_copied_context, over_polled, over_polled_with_break,
+    over_polled_with_exception, over_polled_items, over_polled_chained, with_commits,
+]  # fmt: skip
+
+
+@pytest.fixture
+def produced(clients: Clients) -> Clients:
+    """A topic with records that carry contexts of their own."""
+    producer = clients.producer()
+    for number in range(COUNT):
+        header = f"00-{number + 1:032x}-{number + 1:016x}-01".encode()
+        producer.send(
+            clients.topic, str(number).encode(), headers=[("traceparent", header)]
+        )
+    producer.flush()
+    return clients
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_loop_sees_the_same_and_leaves_nothing(
+    produced: Clients,
+    instrument: Instrument,
+    recorder: Recorder,
+    program: Program,
+) -> None:
+    plain, traced = Watch(), Watch()
+    program(produced, plain)
+    instrument()
+    before = context.get_current()
+    program(produced, traced)
+    assert traced.seen == plain.seen
+    assert context.get_current() is before
+    # In every body the record's own span was current, and had not ended.
+    assert traced.current
+    assert set(traced.current) == {(True, True)}
+    assert recorder.open() == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_loop_under_a_span_gives_it_back(
+    produced: Clients, instrument: Instrument, recorder: Recorder, program: Program
+) -> None:
+    instrument()
+    watch = Watch()
+    with recorder.tracer.start_as_current_span("around") as around:
+        program(produced, watch)
+        assert trace.get_current_span() is around
+    assert set(watch.current) == {(True, True)}
+    assert recorder.open() == []
+
+
+def test_each_of_zipped_consumers_has_its_spans_and_no_chain_grows(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    zipped(produced, Watch())
+    spans = recorder.named(f"process {topic}")
+    assert len(spans) == 2 * COUNT
+    by_id = {span.context.span_id: span for span in spans if span.context}
+    depths = []
+    for span in spans:
+        depth = 0
+        parent = span.parent
+        while parent is not None and parent.span_id in by_id:
+            depth += 1
+            parent = by_id[parent.span_id].parent
+        depths.append(depth)
+    # The first of a pair is the message's child, the second the first one's.
+    assert sorted(depths) == [0] * COUNT + [1] * COUNT
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "list": list,
+    "sorted": lambda records: sorted(records, key=lambda record: -record.offset),
+    "listcomp": lambda records: [record for record in records],
+    "setcomp": lambda records: {record.offset for record in records},
+    "dictcomp": lambda records: {record.offset: record for record in records},
+    "genexpr": lambda records: list(record for record in records),
+    "json.dumps": lambda records: json.dumps(records, default=str),
+    "json.dumps with indent": lambda records: json.dumps(
+        records, default=str, indent=1
+    ),
+    "pickle": lambda records: pickle.loads(pickle.dumps(records)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "extend": lambda records: [].extend(records),
+    "star": lambda records: [*records],
+    "chain": lambda records: list(itertools.chain(records)),
+    "pool.map": lambda records: _in_pool(records),
+    "unpacking": lambda records: _unpack(records),
+    "next": lambda records: next(iter(records)),
+    "run_in_executor": lambda records: asyncio.run(_in_executor(iter(records))),
+    "index": lambda records: [records[0], records[-1], records[1:3]],
+    "len": len,
+    "in": lambda records: object() in records,
+    "max": lambda records: max(records, key=lambda record: record.offset),
+    "map": lambda records: list(map(str, records)),
+    "reversed": lambda records: list(reversed(records)),
+    "del": lambda records: records.copy().clear(),
+}
+
+
+def _in_pool(records: Any) -> Any:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda record: record.offset, records))
+
+
+def _unpack(records: Any) -> Any:
+    first, *_ = records
+    return first
+
+
+async def _in_executor(iterator: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, next, iterator)
+
+
+@pytest.mark.parametrize("use", OTHERS.values(), ids=OTHERS)
+def test_what_is_no_loop_makes_no_process_span_and_a_loop_then_does_once(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    topic: str,
+    use: Callable[[Any], Any],
+) -> None:
+    records = records_of(produced)
+    use(records)
+    gc.collect()
+    assert recorder.named(f"process {topic}") == []
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    for _ in range(2):
+        for _record in records:
+            pass
+    assert len(recorder.named(f"process {topic}")) == COUNT
+    assert recorder.open() == []
+
+
+CONSUMED: dict[str, Callable[[Any], Any]] = {
+    "list": list,
+    "listcomp": lambda consumer: [record for record in consumer],
+    "genexpr": lambda consumer: list(record for record in consumer),
+    "sorted": lambda consumer: sorted(consumer, key=lambda record: record.offset),
+    "extend": lambda consumer: [].extend(consumer),
+    "star": lambda consumer: [*consumer],
+    "pool.map": _in_pool,
+}
+
+
+@pytest.mark.parametrize("use", CONSUMED.values(), ids=CONSUMED)
+def test_a_consumer_used_so_makes_receive_spans(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    topic: str,
+    use: Callable[[Any], Any],
+) -> None:
+    use(produced.finite(COUNT))
+    assert recorder.names() == [f"poll {topic}"] * COUNT
+    assert all(len(span.links) == 1 for span in recorder.ended)
+    assert recorder.count("messaging.client.consumed.messages") == COUNT
+
+
+@pytest.mark.parametrize("ask", [lambda c: c, iter], ids=["consumer", "iterator"])
+def test_a_pool_that_asks_for_records_has_nothing_attached(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    topic: str,
+    ask: Callable[[Any], Any],
+) -> None:
+    asked = ask(produced.consumer())
+    with ThreadPoolExecutor(1) as pool:
+        offsets = [pool.submit(next, asked).result().offset for _ in range(COUNT)]
+        left = pool.submit(trace.get_current_span).result()
+    assert offsets == list(range(COUNT))
+    assert left is trace.INVALID_SPAN
+    assert recorder.names() == [f"poll {topic}"] * COUNT
+
+
+def test_an_iterator_dropped_on_another_thread_ends_its_span_and_touches_no_context(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    kept: list[Any] = []
+    currents: list[Any] = []
+
+    def loop() -> None:
+        kept.append(iter(produced.consumer()))
+        for _ in kept[0]:
+            break
+        entered.set()
+        leave.wait()
+        currents.append(trace.get_current_span())
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    entered.wait()
+    assert recorder.open() == [f"process {topic}"]
+    kept.clear()
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []
+    leave.set()
+    thread.join()
+    # That thread keeps what it has: nobody but itself could take it back.
+    assert [span.is_recording() for span in currents] == [False]
+
+
+def test_limit_a_kept_iterator_holds_its_last_scope_until_it_goes_on(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    """A documented limit: nothing tells that its loop is over."""
+    iterator = iter(produced.consumer())
+    for _ in iterator:
+        break
+    assert trace.get_current_span().is_recording()
+    next(iterator)
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    for _ in iterator:
+        break
+    assert recorder.open() == [f"process {topic}"]
+    del iterator
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []
+
+
+def test_limit_a_loop_in_an_async_generator_holds_its_scope_until_it_goes_on(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    """A documented limit: its body is left and entered as its consumer will have it."""
+
+    async def generate() -> Any:
+        for record in produced.consumer():
+            yield record
+
+    async def consume() -> None:
+        generator = generate()
+        async for _ in generator:
+            break
+        assert trace.get_current_span().is_recording()
+        await generator.aclose()
+        assert trace.get_current_span() is trace.INVALID_SPAN
+
+    asyncio.run(consume())
+    assert recorder.open() == []
+
+
+def test_limit_a_loop_that_moves_to_another_task_leaves_the_first_as_it_is(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    """The first task's context has an ended span; a loop in it makes no child of it."""
+    kept = [iter(produced.consumer())]
+
+    async def step() -> None:
+        for _ in kept[0]:
+            break
+
+    async def consume() -> None:
+        await step()
+        await asyncio.create_task(step())
+        for _ in produced.consumer():
+            span = trace.get_current_span()
+            assert span.is_recording()
+            parent = span.parent  # type: ignore[attr-defined]  # the SDK's
+            assert parent.is_remote
+            break
+
+    asyncio.run(consume())
+    kept.clear()
+    assert recorder.open() == []
+
+
+def test_a_consumer_shared_by_threads_under_a_lock(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    consumer, lock = produced.consumer(), threading.Lock()
+    offsets, wrong = [], []
+
+    def work() -> None:
+        for _ in range(COUNT // 3):
+            with lock:
+                record = next(consumer)
+            with process_span(record, consumer) as span:
+                if trace.get_current_span() is not span:
+                    wrong.append(record)
+                offsets.append(record.offset)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(offsets) == list(range(COUNT))
+    assert wrong == []
+    assert recorder.names() == [f"poll {topic}"] * COUNT + [f"process {topic}"] * COUNT
+
+
+def test_loops_of_threads_over_one_consumer_under_a_lock(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    consumer, lock = produced.consumer(), threading.Lock()
+    watch = Watch()
+
+    def work() -> None:
+        for _ in range(COUNT // 3):
+            with lock:
+                for record in consumer:
+                    watch(record)
+                    break
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [offset for _, offset, _ in watch.seen] == list(range(COUNT))
+    assert set(watch.current) == {(True, True)}
+    assert recorder.names() == [f"process {topic}"] * COUNT
+
+
+class _Generating(kafka.KafkaConsumer):  # type: ignore[misc]  # untyped
+    """A subclass with an iteration of its own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for record in super().__iter__():
+            yield record
+
+
+class _Stepping(kafka.KafkaConsumer):  # type: ignore[misc]  # untyped
+    def __next__(self) -> Any:
+        return super().__next__()
+
+
+@pytest.mark.parametrize("cls", [_Generating, _Stepping])
+def test_loops_over_subclasses(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str, cls: type
+) -> None:
+    watch = Watch()
+    for record in produced.consumer(cls=cls):
+        watch(record)
+        if record.offset == COUNT - 1:
+            break
+    assert set(watch.current) == {(True, True)}
+    assert recorder.names() == [f"process {topic}"] * COUNT
+    assert recorder.count("messaging.client.consumed.messages") == COUNT
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("method", ["__next__", "__iter__", "poll"])
+def test_loops_where_the_application_has_patched_the_consumer(
+    produced: Clients,
+    instrument: Instrument,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    order: str,
+    method: str,
+) -> None:
+    calls = []
+
+    def patch() -> None:
+        original = getattr(kafka.KafkaConsumer, method)
+
+        def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(method)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kafka.KafkaConsumer, method, patched)
+
+    if order == "before":
+        patch()
+    instrument()
+    if order == "after":
+        patch()
+    watch = Watch()
+    for record in produced.consumer():
+        watch(record)
+        if record.offset == COUNT - 1:
+            break
+    assert calls
+    assert set(watch.current) == {(True, True)}
+    assert recorder.names() == [f"process {topic}"] * COUNT
+    assert recorder.count("messaging.client.consumed.messages") == COUNT
+    monkeypatch.undo()
+
+
+def test_uninstrumented_in_the_middle_of_nested_loops_nothing_stays(
+    produced: Clients, instrument: Instrument, recorder: Recorder
+) -> None:
+    instrument()
+    offsets = []
+    for outer in produced.consumer():
+        for inner in produced.consumer():
+            offsets.append((outer.offset, inner.offset))
+            if len(offsets) == 2:
+                KafkaPythonInstrumentor().uninstrument()
+            if inner.offset == 2:
+                break
+        if outer.offset == 1:
+            break
+    assert offsets == [(outer, inner) for outer in range(2) for inner in range(3)]
+    assert recorder.open() == []
+
+
+def test_process_parent_none_makes_each_process_span_a_root_that_links(
+    produced: Clients, instrument: Instrument, recorder: Recorder, topic: str
+) -> None:
+    instrument(process_parent="none")
+    with recorder.tracer.start_as_current_span("around"):
+        loop_with_break(produced, Watch())
+    spans = recorder.named(f"process {topic}")
+    assert [span.parent for span in spans] == [None] * COUNT
+    assert len({span.context.trace_id for span in spans if span.context}) == COUNT
+    assert [link.context.trace_id for span in spans for link in span.links] == list(
+        range(1, COUNT + 1)
+    )
+    assert (
+        attributes_of([link for span in spans for link in span.links]) == [{}] * COUNT
+    )

@@ -78,8 +78,11 @@ def clients(broker: Any, topic: str) -> Iterator[Clients]:
 
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def recorder() -> Iterator[Recorder]:
+    """Sees all telemetry of a test, which has to be as the convention has it."""
+    recorder = Recorder()
+    yield recorder
+    recorder.check()
 
 
 Instrument = Callable[..., None]

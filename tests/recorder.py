@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Metric
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_ON,
@@ -17,6 +18,8 @@ from opentelemetry.sdk.trace.sampling import (
     SamplingResult,
 )
 from opentelemetry.trace import SpanKind
+
+from conformance import SCOPE, Seen, check_metrics, check_spans
 
 
 class Creation(NamedTuple):
@@ -33,6 +36,8 @@ class RecordingSampler(Sampler):
 
     def __init__(self) -> None:
         self.creations: list[Creation] = []
+        # The last of this thread, for the span that is made of it.
+        self.last = threading.local()
         self._sampler = ParentBased(ALWAYS_ON)
 
     def should_sample(
@@ -46,9 +51,9 @@ class RecordingSampler(Sampler):
         *more: Any,
     ) -> SamplingResult:
         assert kind is not None
-        self.creations.append(
-            Creation(name, kind, dict(attributes or {}), len(links or ()))
-        )
+        creation = Creation(name, kind, dict(attributes or {}), len(links or ()))
+        self.creations.append(creation)
+        self.last.creation = creation
         return self._sampler.should_sample(
             parent_context, trace_id, name, kind, attributes, links, *more
         )
@@ -64,6 +69,8 @@ class Recorder(SpanProcessor):
         self.sampler = RecordingSampler()
         self.started: list[Span] = []
         self.ended: list[ReadableSpan] = []
+        self.all_ended: list[ReadableSpan] = []
+        self.created: dict[int, dict[str, Any]] = {}
         self.tracer_provider = TracerProvider(
             sampler=self.sampler, shutdown_on_exit=False
         )
@@ -74,9 +81,12 @@ class Recorder(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         self.started.append(span)
+        if span.context is not None:
+            self.created[span.context.span_id] = self.sampler.last.creation.attributes
 
     def on_end(self, span: ReadableSpan) -> None:
         self.ended.append(span)
+        self.all_ended.append(span)
 
     def named(self, name: str) -> list[ReadableSpan]:
         """The ended spans of a name, in the order of their start."""
@@ -97,23 +107,50 @@ class Recorder(SpanProcessor):
         ended = {span.context.span_id for span in self.ended if span.context}
         return [s.name for s in self.started if s.context.span_id not in ended]
 
+    def check(self) -> None:
+        """Hold all of ours that has come against the convention."""
+        check_spans(
+            Seen(
+                span.name,
+                span.kind,
+                span.status.status_code,
+                span.attributes or {},
+                [link.attributes or {} for link in span.links],
+                span.instrumentation_scope.schema_url,
+                self.created[span.context.span_id],
+            )
+            for span in self.all_ended
+            if span.instrumentation_scope is not None
+            and span.instrumentation_scope.name == SCOPE
+            and span.context is not None
+        )
+        check_metrics(self.metrics())
+
+    def metrics(self) -> list[Metric]:
+        """All metrics of ours."""
+        data = self.reader.get_metrics_data()
+        return [
+            metric
+            for resource in (data.resource_metrics if data else ())
+            for scope in resource.scope_metrics
+            if scope.scope.name == SCOPE
+            for metric in scope.metrics
+        ]
+
     def points(self, name: str, **attributes: Any) -> list[Any]:
         """The data points of a metric that have these attributes.
 
         A keyword is an attribute's name with `_` for `.`.
         """
-        found: list[Any] = []
-        data = self.reader.get_metrics_data()
-        for resource in data.resource_metrics if data else ():
-            for scope in resource.scope_metrics:
-                for metric in scope.metrics:
-                    if metric.name == name:
-                        found += metric.data.data_points
         return [
             point
-            for point in found
+            for metric in self.metrics()
+            if metric.name == name
+            for point in metric.data.data_points
             if attributes.items()
-            <= {k.replace(".", "_"): v for k, v in point.attributes.items()}.items()
+            <= {
+                k.replace(".", "_"): v for k, v in (point.attributes or {}).items()
+            }.items()
         ]
 
     def count(self, name: str, **attributes: Any) -> int:

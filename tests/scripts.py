@@ -23,6 +23,7 @@ import atexit, json, os, sys
 from recorder import Recorder
 recorder = Recorder()
 def tell():
+    recorder.check()
     print(json.dumps({
         "open": recorder.open(),
         "ended": [

@@ -19,15 +19,7 @@ CONSUMED = "messaging.client.consumed.messages"
 
 
 def metric(recorder: Recorder, name: str) -> Any:
-    data = recorder.reader.get_metrics_data()
-    assert data is not None
-    (found,) = [
-        metric
-        for resource in data.resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-        if metric.name == name
-    ]
+    (found,) = [metric for metric in recorder.metrics() if metric.name == name]
     return found
 
 

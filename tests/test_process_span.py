@@ -191,15 +191,14 @@ def test_a_worker_thread_of_a_loop_gets_a_span_of_its_own(
     """The loop's may have ended before the worker does."""
     clients.send(b"1")
 
-    def work(record: Any) -> None:
+    def work(around: Any, record: Any) -> None:
+        context.attach(around)  # as an application that hands its context on
         with process_span(record):
             pass
 
     for record in clients.consumer():
-        current = context.get_current()
-        thread = threading.Thread(
-            target=lambda: (context.attach(current), work(record))  # noqa: B023 (joined)
-        )
+        arguments = (context.get_current(), record)
+        thread = threading.Thread(target=work, args=arguments)
         thread.start()
         thread.join()
         break

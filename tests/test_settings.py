@@ -64,13 +64,13 @@ def test_the_produce_hook_is_called_once_with_span_and_arguments(
     calls = []
 
     def hook(span: Any, args: Any, kwargs: Any) -> None:
-        span.set_attribute("own", 1)
+        span.set_attribute("app.own", 1)
         calls.append((args, kwargs))
 
     instrument(produce_hook=hook)
     clients.send(b"1", key=b"key")
     assert calls == [((topic, b"1"), {"key": b"key"})]
-    assert attributes_of([recorder.one(f"send {topic}")])[0]["own"] == 1
+    assert attributes_of([recorder.one(f"send {topic}")])[0]["app.own"] == 1
 
 
 def test_headers_that_the_produce_hook_adds_are_sent(
@@ -94,7 +94,7 @@ def test_the_consume_hook_is_called_once_for_each_record(
     calls = []
 
     def hook(span: Any, record: Any, args: Any, kwargs: Any) -> None:
-        span.set_attribute("own", record.offset)
+        span.set_attribute("app.own", record.offset)
         calls.append((record, args, kwargs))
 
     instrument(consume_hook=hook, process_spans=way != "loop without spans")
@@ -116,7 +116,7 @@ def test_the_consume_hook_is_called_once_for_each_record(
     assert calls == [(record, (), {}) for record in records]
     operation = "process" if way in {"loop", "polled loop"} else "poll"
     spans = recorder.named(f"{operation} {topic}")
-    assert [attributes["own"] for attributes in attributes_of(spans)] == [0, 1]
+    assert [attributes["app.own"] for attributes in attributes_of(spans)] == [0, 1]
 
 
 def test_the_consume_hook_is_not_called_for_batches(

@@ -1,0 +1,179 @@
+"""Holds spans, links and metrics against the facts of the convention.
+
+Whatever the tests produce goes through here: the recorder that they share calls
+`check_spans` and `check_metrics` with all that it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opentelemetry.sdk.metrics.export import Metric
+from opentelemetry.trace import SpanKind, StatusCode
+
+FACTS = json.loads((Path(__file__).parent / "messaging-kafka-1.44.0.json").read_text())
+SCHEMA_URL: str = FACTS["schema_url"]
+SCOPE = "otel_kafka_python"
+
+# What an application's hook sets on our spans, in these tests.
+APPLICATION = "app."
+
+# Of one message: what a link of a batch may carry.
+OF_ONE_MESSAGE = {
+    "messaging.kafka.offset",
+    "messaging.kafka.message.key",
+    "messaging.kafka.message.tombstone",
+    "messaging.destination.name",
+    "messaging.destination.partition.id",
+}
+
+# Recommended for sampling "if provided at all", and provided at creation where they
+# are known by then: the partition of a send is chosen later.
+LEARNED_LATER = {("send", "messaging.destination.partition.id")}
+
+TYPES = {"string": str, "int": int, "boolean": bool, "double": float}
+
+# The facts of a span by its kind and the type of its operation.
+BY_KIND = {
+    (span["kind"], span["operation_type"]): span for span in FACTS["spans"].values()
+}
+BY_METRIC = {metric["metric"]: metric for metric in FACTS["metrics"].values()}
+
+
+@dataclass
+class Seen:
+    """A span as the convention sees it, wherever it was read from."""
+
+    name: str
+    kind: SpanKind
+    status: StatusCode
+    attributes: Mapping[str, Any]
+    links: list[Mapping[str, Any]]
+    schema_url: str | None = SCHEMA_URL
+    # What a sampler saw, where there was one to see it.
+    created: Mapping[str, Any] | None = None
+    violations: list[str] = field(default_factory=list)
+
+    def wrong(self, what: str) -> None:
+        self.violations.append(f"{self.kind.name} {self.name!r}: {what}")
+
+
+class ViolationError(AssertionError):
+    """Something is not as the convention has it."""
+
+
+def check_spans(spans: Iterable[Seen]) -> None:
+    """Hold spans of ours against the convention.
+
+    Raises:
+        ViolationError: What is wrong, all of it.
+    """
+    violations = [each for span in spans for each in _check_span(span)]
+    if violations:
+        raise ViolationError("\n".join(sorted(set(violations))))
+
+
+def _check_span(span: Seen) -> list[str]:
+    attributes = span.attributes
+    facts = BY_KIND.get((span.kind.name, attributes.get("messaging.operation.type")))
+    if facts is None:
+        span.wrong("the convention has no span of this kind and operation type")
+        return span.violations
+    _check_shape(span)
+    _check_attributes(span, attributes, facts["attributes"])
+    for link in span.links:
+        allowed = {
+            name: FACTS_OF_ATTRIBUTES[name] for name in OF_ONE_MESSAGE & set(link)
+        }
+        _check_attributes(span, link, allowed)
+    if span.created is not None:
+        for name in set(facts["sampling_relevant"]) & set(attributes):
+            later = (attributes.get("messaging.operation.name"), name) in LEARNED_LATER
+            if not later and span.created.get(name) != attributes[name]:
+                span.wrong(f"a sampler did not see {name}")
+    return span.violations
+
+
+def _check_shape(span: Seen) -> None:
+    attributes = span.attributes
+    operation = attributes.get("messaging.operation.name")
+    topic = attributes.get("messaging.destination.name")
+    if span.schema_url != SCHEMA_URL:
+        span.wrong(f"its schema is {span.schema_url}")
+    if span.name != (operation if topic is None else f"{operation} {topic}"):
+        span.wrong("this is not the name of its operation and destination")
+    if attributes.get("messaging.system") != "kafka":
+        span.wrong("its system is not kafka")
+    if (span.status is StatusCode.ERROR) != ("error.type" in attributes):
+        span.wrong("status and error.type do not agree")
+    if span.status is StatusCode.OK:
+        span.wrong("success leaves the status unset")
+    if attributes.get("messaging.kafka.message.tombstone", True) is not True:
+        span.wrong("a tombstone that is false is left out")
+
+
+def _check_attributes(
+    span: Seen, attributes: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    for name, fact in facts.items():
+        if fact["level"] == "required" and name not in attributes:
+            span.wrong(f"{name} is required")
+    for name, value in attributes.items():
+        if name.startswith(APPLICATION):
+            continue
+        if name not in facts:
+            span.wrong(f"{name} is none of its attributes")
+        elif type(value) is not TYPES[facts[name]["type"]]:
+            span.wrong(f"{name} is {value!r}, but should be {facts[name]['type']}")
+
+
+FACTS_OF_ATTRIBUTES = {
+    name: {**fact, "level": "recommended"}
+    for span in FACTS["spans"].values()
+    for name, fact in span["attributes"].items()
+}
+
+
+def check_metrics(metrics: Iterable[Metric]) -> None:
+    """Hold metrics of ours against the convention.
+
+    Raises:
+        ViolationError: What is wrong, all of it.
+    """
+    violations = [each for metric in metrics for each in _check_metric(metric)]
+    if violations:
+        raise ViolationError("\n".join(sorted(set(violations))))
+
+
+def _check_metric(metric: Metric) -> Iterable[str]:
+    facts = BY_METRIC.get(metric.name)
+    if facts is None:
+        yield f"{metric.name}: the convention has no such metric"
+        return
+    if metric.unit != facts["unit"]:
+        yield f"{metric.name}: its unit is {metric.unit}"
+    for point in metric.data.data_points:
+        bounds = getattr(point, "explicit_bounds", None)
+        if (bounds is not None) != (facts["instrument"] == "Histogram"):
+            yield f"{metric.name}: it should be a {facts['instrument']}"
+        elif bounds is not None and list(bounds) != facts["bucket_boundaries"]:
+            yield f"{metric.name}: its boundaries are {bounds}"
+        yield from _check_point(metric.name, facts["attributes"], point.attributes)
+
+
+def _check_point(
+    metric: str, facts: Mapping[str, Any], attributes: Mapping[str, Any] | None
+) -> Iterable[str]:
+    attributes = attributes or {}
+    for name, fact in facts.items():
+        if fact["level"] == "required" and name not in attributes:
+            yield f"{metric}: {name} is required"
+    for name, value in attributes.items():
+        if name not in facts:
+            yield f"{metric}: {name} is none of its attributes"
+        elif type(value) is not TYPES[facts[name]["type"]]:
+            yield f"{metric}: {name} is {value!r}"

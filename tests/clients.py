@@ -30,7 +30,7 @@ class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped
 class Clients:
     """Makes producers and consumers, and closes them."""
 
-    def __init__(self, address: str, topic: str) -> None:
+    def __init__(self, address: Any, topic: str) -> None:
         self.address = address
         self.topic = topic
         self._made: list[Any] = []

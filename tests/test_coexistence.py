@@ -73,6 +73,7 @@ def send_and_loop(clients: Clients) -> None:
         break
 
 
+@pytest.mark.defect(18)
 def test_instrumented_after_the_other_ours_takes_over(
     contrib: Any, instrument: Instrument, clients: Clients, recorder: Recorder,
     topic: str, log: Log,

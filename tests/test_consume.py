@@ -40,6 +40,7 @@ def two_partitions(clients: Clients) -> Clients:
     return clients
 
 
+@pytest.mark.defect(9)
 def test_a_loop_makes_a_process_span_that_is_current_in_its_body(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_process_span_ends_when_its_body_does(
     assert recorder.open() == []
 
 
+@pytest.mark.defect(10)
 def test_under_another_span_the_process_span_is_its_child_and_links(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -129,6 +131,7 @@ def test_what_the_application_has_in_its_context_stays_in_the_body(
     context.detach(token)
 
 
+@pytest.mark.defect(8)
 def test_a_poll_makes_one_receive_span_with_a_link_for_each_message(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -323,6 +326,7 @@ def test_a_loop_over_a_record_leaves_it_to_be_changed_as_a_list(
     assert seen == [b"1", b"2"]
 
 
+@pytest.mark.defect(19)
 @pytest.mark.parametrize("way", ["poll", "next", "loop"])
 def test_a_deserialisers_error_is_seen_and_raised(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
@@ -377,6 +381,7 @@ def test_the_iterator_has_the_consumers_attributes(
         iterator.nothing  # noqa: B018
 
 
+@pytest.mark.defect(11)
 @pytest.mark.parametrize("way", ["loop", "next", "list", "poll", "send"])
 def test_suppressed_there_is_nothing(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str

@@ -133,6 +133,7 @@ def plain_layer(owner: Any, name: str, calls: list[str]) -> None:
     setattr(owner, name, wrapper)
 
 
+@pytest.mark.defect(17)
 @pytest.mark.parametrize("layer", [wrapt_layer, plain_layer])
 @pytest.mark.parametrize("where", ["above", "below"])
 def test_only_our_own_layer_is_taken_off(

@@ -116,6 +116,7 @@ def test_the_span_has_ended_before_the_applications_own_callbacks_run(
     assert seen == [(future.value, [f"send {topic}"])]
 
 
+@pytest.mark.defect(7)
 def test_a_sampler_sees_what_it_needs(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -185,12 +186,29 @@ def test_an_illegal_topic_is_not_in_the_name(
     assert "messaging.destination.name" not in (span.attributes or {})
 
 
+@pytest.mark.defect(15)
 def test_a_send_without_a_topic_makes_no_span(
     instrumented: None, clients: Clients, recorder: Recorder
 ) -> None:
     with pytest.raises(TypeError, match="topic"):
         clients.producer().send()
     assert recorder.started == []
+
+
+@pytest.mark.defect(14)
+def test_bootstrap_servers_may_be_a_set(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    addresses = Clients({clients.address}, topic)
+    try:
+        addresses.send(b"value")
+    finally:
+        addresses.close()
+    span = recorder.one(f"send {topic}")
+    host, port = clients.address.split(":")
+    assert span.attributes is not None
+    assert span.attributes["server.address"] == host
+    assert span.attributes["server.port"] == int(port)
 
 
 def test_what_send_raises_ends_the_span_and_is_no_attempt(
@@ -271,6 +289,7 @@ def test_a_message_that_the_broker_refuses(
     ) == 1  # fmt: skip
 
 
+@pytest.mark.defect(6)
 def test_messages_that_expire_because_the_broker_is_gone(
     instrumented: None, own_clients: Clients, own_broker: EmbeddedBroker,
     recorder: Recorder, topic: str,

@@ -1,0 +1,145 @@
+"""A guard on the cost of a message that no noise can trip: calls and live objects.
+
+It counts what this package does, not how long it takes: the calls that are made by
+its code, and the container objects that a message leaves alive until it is
+acknowledged. `cost.json` has what was reached; where a number grows on purpose, write
+the new one there (the test says which), in the commit that makes it grow.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+import otel_kafka_python
+from clients import Clients, poll
+from conftest import Instrument
+from recorder import Recorder
+
+RECORDED: dict[str, int] = json.loads((Path(__file__).parent / "cost.json").read_text())
+PACKAGE = str(Path(otel_kafka_python.__file__).parent)
+MESSAGES = 50
+
+
+class CallCounter:
+    """Counts the calls of our functions and those that they make, in all threads."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def _is_ours(self, frame: FrameType | None) -> bool:
+        return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
+
+    def profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self.calls += self._is_ours(frame) or self._is_ours(frame.f_back)
+        elif event == "c_call":
+            self.calls += self._is_ours(frame)
+
+    def start(self) -> None:
+        """Count in threads that start from now on; this one is `count`'s."""
+        threading.setprofile(self.profile)
+
+    def stop(self) -> None:
+        threading.setprofile(None)
+
+    def count(self, work: Callable[[], None]) -> int:
+        """The calls for each of `MESSAGES` messages, rounded to the next number."""
+        self.calls = 0
+        sys.setprofile(self.profile)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return round(self.calls / MESSAGES)
+
+
+def assert_not_grown(what: str, number: int) -> None:
+    assert number <= RECORDED[what], (
+        f"{what} has grown from {RECORDED[what]} to {number}: "
+        "mend that, or write the new number to tests/cost.json and say why"
+    )
+
+
+def test_the_calls_of_a_send(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    counter = CallCounter()
+    counter.start()  # before the producer starts its sender
+    try:
+        producer = clients.producer()
+    finally:
+        counter.stop()
+    producer.send(topic, b"first", key=b"key")
+    producer.flush()
+
+    def work() -> None:
+        for _ in range(MESSAGES):
+            producer.send(topic, b"value", key=b"key")
+        producer.flush()
+
+    assert_not_grown("calls of a send", counter.count(work))
+
+
+def test_the_calls_of_a_looped_record(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(*(b"value",) * (MESSAGES + 1), key=b"key")
+    iterator = iter(clients.consumer())
+    for _ in iterator:
+        break
+
+    def work() -> None:
+        for record in iterator:
+            if record.offset == MESSAGES:
+                break
+
+    assert_not_grown("calls of a looped record", CallCounter().count(work))
+
+
+def test_the_calls_of_a_polled_record(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(*(b"value",) * MESSAGES, key=b"key")
+    consumer = clients.consumer()
+    while sum(map(len, poll(consumer).values())) != MESSAGES:
+        consumer.seek_to_beginning()
+    consumer.seek_to_beginning()
+    calls = CallCounter().count(lambda: poll(consumer))
+    assert_not_grown("calls of a polled record", calls)
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "unsampled"])
+def test_the_objects_that_a_send_leaves_alive_until_its_acknowledgement(
+    instrument: Instrument, clients: Clients, topic: str, sampled: bool
+) -> None:
+    def alive_per_message() -> int:
+        producer = clients.producer(linger_ms=60000)
+        producer.send(topic, b"first", key=b"key")
+        gc.collect()
+        before = len(gc.get_objects())
+        futures = [producer.send(topic, b"value", key=b"key") for _ in range(MESSAGES)]
+        gc.collect()
+        alive = len(gc.get_objects()) - before
+        producer.flush()
+        return round(alive / len(futures))
+
+    plain = alive_per_message()
+    provider = TracerProvider(shutdown_on_exit=False)
+    if not sampled:
+        provider = TracerProvider(ALWAYS_OFF, shutdown_on_exit=False)
+    instrument(tracer_provider=provider)
+    what = f"objects alive of {'a sampled' if sampled else 'an unsampled'} send"
+    assert_not_grown(what, alive_per_message() - plain)
+    assert trace.get_current_span() is trace.INVALID_SPAN

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from typing import Any
 
 import kafka
 from kafka import KafkaConsumer, KafkaProducer
 
-VERSION = tuple(int(part) for part in kafka.__version__.split(".")[:2])
+# kafka-python-ng carries the code of kafka-python 2.0.
+IS_NG = any(each == "kafka-python-ng" for each in packages_distributions()["kafka"])
+VERSION = (
+    (2, 0) if IS_NG else tuple(int(part) for part in kafka.__version__.split(".")[:2])
+)
 
 # No test waits this long for anything that happens.
 DEADLINE = 30.0

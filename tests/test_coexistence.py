@@ -12,7 +12,7 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer
 from opentelemetry.instrumentation.kafka import KafkaInstrumentor
 
-from clients import Clients
+from clients import IS_NG, Clients
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Log, Recorder
@@ -57,6 +57,10 @@ THEIRS = [
 ]
 
 
+# The other package knows nothing of kafka-python-ng.
+skips_itself = pytest.mark.skipif(IS_NG, reason="the other skips itself")
+
+
 @pytest.fixture
 def contrib(recorder: Recorder) -> Iterator[Any]:
     instrumentor = KafkaInstrumentor()
@@ -73,6 +77,7 @@ def send_and_loop(clients: Clients) -> None:
         break
 
 
+@skips_itself
 @pytest.mark.defect(18)
 def test_instrumented_after_the_other_ours_takes_over(
     contrib: Any, instrument: Instrument, clients: Clients, recorder: Recorder,
@@ -87,6 +92,7 @@ def test_instrumented_after_the_other_ours_takes_over(
     assert recorder.names() == [f"process {topic}", f"send {topic}"]
 
 
+@skips_itself
 def test_instrumented_by_hand_before_the_other_ours_takes_over_at_the_first_use(
     instrument: Instrument, contrib: Any, clients: Clients, recorder: Recorder,
     topic: str, log: Log,
@@ -105,6 +111,7 @@ def test_instrumented_by_hand_before_the_other_ours_takes_over_at_the_first_use(
     assert recorder.names() == [f"process {topic}", f"send {topic}"]
 
 
+@skips_itself
 def test_uninstrumenting_ours_leaves_the_others_layer(
     instrument: Instrument, contrib: Any, clients: Clients, recorder: Recorder,
     topic: str,
@@ -150,6 +157,7 @@ def expected(lines: list[str], topic: str) -> list[str]:
     return [line.format(topic=topic) for line in lines]
 
 
+@skips_itself
 @pytest.mark.parametrize(
     "distribution_name",
     ["opentelemetry-instrumentation-kafka-python", "otel-kafka-python"],
@@ -171,11 +179,21 @@ def test_with_the_other_disabled_there_is_no_warning(
     assert WARNING not in errors
 
 
+@skips_itself
 def test_with_ours_disabled_the_other_stays(clients: Clients, topic: str) -> None:
     printed, errors = launch(
         clients, OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="kafka_python"
     )
     assert printed == expected(THEIRS, topic)
+    assert WARNING not in errors
+
+
+@pytest.mark.skipif(not IS_NG, reason="the other does not skip itself")
+def test_where_the_other_skips_itself_there_is_nothing_to_say(
+    clients: Clients, topic: str
+) -> None:
+    printed, errors = launch(clients)
+    assert printed == expected(OURS, topic)
     assert WARNING not in errors
 
 

@@ -206,6 +206,23 @@ def test_instrumenting_never_raises(
     KafkaPythonInstrumentor().uninstrument()
 
 
+def test_patching_that_fails_half_way_leaves_nothing(
+    instrument: Instrument, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrap = _patches._wrap
+
+    def fail(owner: type, method: str, wrapper: Any) -> Any:
+        if method == "__next__":
+            raise LookupError(method)
+        return wrap(owner, method, wrapper)
+
+    before = vars(KafkaProducer)["send"]
+    monkeypatch.setattr(_patches, "_wrap", fail)
+    instrument()
+    log.take()
+    assert vars(KafkaProducer)["send"] is before
+
+
 @pytest.mark.parametrize(
     ("installed", "expected"),
     [

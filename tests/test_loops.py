@@ -11,7 +11,7 @@ import pickle
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import ThreadPoolExecutor
 from types import CodeType
 from typing import Any
@@ -165,7 +165,31 @@ def in_generator(items: Items) -> None:
         for item in items:
             yield item
 
-    list(generate())
+    for _ in generate():
+        pass
+
+
+def in_generator_before_it_yields(items: Items) -> None:
+    def generate() -> Iterator[Any]:
+        for _ in items:
+            pass
+        yield
+
+    next(generate())
+
+
+def with_async_comprehension(items: Items) -> None:
+    async def loop() -> None:
+        for item in items:
+            found = [x async for x in _each(item)]
+            assert found
+            await asyncio.sleep(0)
+
+    asyncio.run(loop())
+
+
+async def _each(item: Any) -> Any:
+    yield item
 
 
 def of_delegation(items: Items) -> None:
@@ -229,6 +253,7 @@ LOOPS = [
     with_with, with_while, ending_with_append, ending_with_display,
     ending_with_comprehension, ending_with_dict_comprehension, ending_with_nested_loop,
     nested_in_loop, of_enumerate, of_zip, of_islice, of_chain, of_map, in_generator,
+    in_generator_before_it_yields, with_async_comprehension,
     of_delegation, of_delegation_twice, in_lambda_called, in_class_body,
     in_exec, in_coroutine, in_thread, with_match,
     with_large_body, with_large_body_before,
@@ -279,6 +304,10 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
     "yield from": lambda items: list(_delegate(items)),
     "next of yield from": lambda items: next(_delegate(items)),
     "listcomp of yield from": lambda items: [item for item in _delegate(items)],
+    "list of generator": lambda items: list(_generate(items)),
+    "next of generator": lambda items: next(_generate(items)),
+    "pool of generator": lambda items: list(_pool_map(_generate(items))),
+    "frozen library": lambda items: _Appended().extend(items),
     "pool.map": lambda items: list(_pool_map(items)),
     "run_in_executor": lambda items: asyncio.run(_in_executor(items)),
     "json": lambda items: json.dumps(list(items)),
@@ -294,7 +323,31 @@ def _delegate(items: Any) -> Iterator[Any]:
     yield from items
 
 
-def _pool_map(items: Items) -> Iterator[Any]:
+def _generate(items: Any) -> Iterator[Any]:
+    for item in items:
+        yield item
+
+
+class _Appended(MutableSequence):  # type: ignore[type-arg]  # anything
+    """A sequence whose `extend` is the standard library's loop."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise IndexError
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError
+
+    def __delitem__(self, index: Any) -> None:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return 0
+
+    def insert(self, index: int, value: Any) -> None:
+        pass
+
+
+def _pool_map(items: Iterator[Any]) -> Iterator[Any]:
     with ThreadPoolExecutor(1) as pool:
         return pool.map(str, items)
 

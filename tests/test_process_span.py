@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Generator
 from typing import Any
@@ -407,3 +408,75 @@ def test_a_process_that_is_not_instrumented_uses_the_global_providers(
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["True", "1"]
+
+
+def test_in_another_task_it_adopts_nothing(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    async def handle(record: Any) -> None:
+        with pytest.raises(RefusedError), process_span(record) as span:
+            assert span.is_recording()
+            await asyncio.sleep(0)
+            raise RefusedError
+
+    async def consume(records: Any) -> None:
+        tasks = []
+        for record in records:
+            tasks.append(asyncio.create_task(handle(record)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+
+    (records,) = batch_of(clients, 2).values()
+    asyncio.run(consume(records))
+    spans = recorder.named(f"process {topic}")
+    assert [failed(span) for span in spans] == [False, True, False, True]
+
+
+def test_without_process_spans_it_measures_a_loops_record_once(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(process_spans=False)
+    clients.send(b"1")
+    for record in clients.finite(1):
+        with pytest.raises(RefusedError), process_span(record):
+            raise RefusedError
+    duration = "messaging.process.duration"
+    assert recorder.count(duration) == 1
+    assert recorder.count(duration, error_type="RefusedError") == 1
+
+
+def test_nested_on_one_record_it_records_an_exception_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    record = one_of(clients)
+    with pytest.raises(RefusedError), process_span(record), process_span(record):
+        raise RefusedError
+    assert failed(recorder.one(f"process {topic}"))
+
+
+def test_one_context_manager_can_be_entered_again(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    record = one_of(clients)
+    manager = process_span(record)
+    with manager, manager:
+        pass
+    with manager:
+        pass
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []
+    assert len(recorder.named(f"process {topic}")) == 2
+
+
+def test_a_large_batch_forwarded_is_known_to_be_processed(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    polled = batch_of(clients, 200)  # more than is linked to
+    ((first, *_),) = polled.values()
+    recorder.ended.clear()
+    with process_span(polled) as span:
+        clients.send(b"forwarded", headers=first.headers)
+    sent = recorder.one(f"send {topic}")
+    assert sent.parent is not None
+    assert sent.parent.span_id == span.get_span_context().span_id
+    assert sent.links == ()

@@ -7,21 +7,26 @@ and every span that started has ended.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextvars
 import copy
+import dataclasses
 import gc
 import itertools
 import json
 import pickle
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kafka
 import pytest
-from opentelemetry import context, trace
+from opentelemetry import baggage, context, trace
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from tqdm import tqdm
 
 from clients import Clients, poll
@@ -749,3 +754,207 @@ def test_process_parent_none_makes_each_process_span_a_root_that_links(
     assert (
         attributes_of([link for span in spans for link in span.links]) == [{}] * COUNT
     )
+
+
+class Value:
+    """A value that can be watched, as bytes and records cannot."""
+
+
+def test_no_record_is_kept_longer_than_by_the_plain_client(
+    produced: Clients, instrumented: None
+) -> None:
+    alive: weakref.WeakSet[Value] = weakref.WeakSet()
+    copied: list[contextvars.Context] = []
+
+    def watched(_: bytes) -> Value:
+        value = Value()
+        alive.add(value)
+        return value
+
+    gc.disable()
+    try:
+        consumer = produced.finite(
+            COUNT, value_deserializer=watched, max_poll_records=1
+        )
+        for record in consumer:
+            copied.append(contextvars.copy_context())  # as a task or a timer does
+            del record
+        assert len(alive) <= 2
+    finally:
+        gc.enable()
+
+
+def test_the_garbage_collector_ends_no_span_itself(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    """A collection can strike inside the SDK, whose locks are not reentrant."""
+    ended_in_collection: list[bool] = []
+
+    class Processor(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            ended_in_collection.append(collecting)
+
+    collecting = False
+    recorder.tracer_provider.add_span_processor(Processor())
+
+    class Service:
+        def run(self) -> Iterator[Any]:
+            for record in produced.consumer():
+                yield record
+
+    service: Any = Service()
+    service.stream = service.run()
+    service.itself = service
+    for _ in service.stream:
+        break
+    assert recorder.open() == [f"process {topic}"]
+    del service
+    collecting = True
+    gc.collect()
+    collecting = False
+    assert ended_in_collection == []
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    produced.send(b"next")
+    assert recorder.open() == []
+
+
+def test_a_pool_that_resumes_a_generator_has_nothing_attached(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    def generate() -> Generator[Any, None, None]:
+        for record in produced.consumer():
+            yield record.offset
+
+    generator = generate()
+    with ThreadPoolExecutor(2) as pool:
+        offsets = [pool.submit(next, generator).result() for _ in range(COUNT)]
+        generator.close()
+        left = [pool.submit(trace.get_current_span).result() for _ in range(4)]
+    assert offsets == list(range(COUNT))
+    assert left == [trace.INVALID_SPAN] * 4
+    assert recorder.names() == [f"poll {topic}"] * COUNT
+
+
+def test_a_span_of_the_applications_that_outlasts_a_round_stays_current(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    span = recorder.tracer.start_span("unit of work")
+    within = trace.use_span(span, end_on_exit=True)
+    currents = []
+    for record in produced.finite(3):
+        if record.offset == 0:
+            within.__enter__()
+        if record.offset == 1:
+            current: Any = trace.get_current_span()
+            assert current.parent is span.get_span_context()
+        if record.offset == 2:
+            within.__exit__(None, None, None)
+        currents.append(span.is_recording())
+    assert currents == [True, True, False]
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []
+
+
+def test_a_context_that_the_body_attached_and_left_so_goes_with_its_round(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    for record in produced.finite(COUNT):
+        assert baggage.get_all() == {}
+        span: Any = trace.get_current_span()
+        assert span.attributes["messaging.kafka.offset"] == record.offset
+        context.attach(baggage.set_baggage("offset", record.offset))
+    assert baggage.get_all() == {}
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_limit_an_inner_loop_that_moves_the_outer_on_has_no_current_span(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    """A documented limit: the outer scope ends and takes the inner with it."""
+    outer = iter(produced.consumer())
+    inner = produced.consumer()
+    for _ in outer:
+        for _inner in inner:
+            next(outer)
+            assert trace.get_current_span() is trace.INVALID_SPAN
+            break
+        break
+    del outer
+    assert recorder.open() == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="batched is new in 3.12")
+def test_limit_of_records_in_batches_of_itertools_only_the_last_is_current(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    """A documented limit: one statement asks for several records in one step."""
+    batched = vars(itertools)["batched"]
+    for batch in batched(records_of(produced), 2):
+        current: Any = trace.get_current_span()
+        assert current.attributes["messaging.kafka.offset"] == batch[-1].offset
+    assert len(recorder.named(f"process {topic}")) == COUNT
+
+
+def test_what_poll_returned_can_be_rebuilt_as_a_list_can(
+    produced: Clients, instrumented: None
+) -> None:
+    @dataclasses.dataclass
+    class Batch:
+        records: list[Any]
+
+    records = records_of(produced)
+    assert dataclasses.asdict(Batch(records))["records"] == records
+    assert type(records)(records) == records
+    assert [record for record in type(records)(records)] == records
+
+
+def test_the_iterator_of_what_poll_returned_copies_as_a_lists_does(
+    produced: Clients, instrumented: None
+) -> None:
+    iterator = iter(records_of(produced))
+    assert next(iterator).offset == 0
+    assert next(copy.copy(iterator)).offset == 1
+    assert next(pickle.loads(pickle.dumps(iterator))).offset == 1
+    assert [record.offset for record in iterator] == [1, 2, 3, 4, 5]
+    assert list(copy.copy(iterator)) == []
+
+
+def test_records_of_two_partitions_in_one_list_have_a_span_each(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    records = records_of(produced)
+    records.extend([record._replace(partition=1) for record in records])
+    for _ in records:
+        pass
+    assert len(recorder.named(f"process {topic}")) == 2 * COUNT
+
+
+def test_a_record_that_is_asked_for_without_any_python_frame_is_received(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    iterator = iter(produced.consumer())
+    _thread.start_new_thread(iterator.__next__, ())
+    deadline = threading.Event()
+    for _ in range(1000):
+        if recorder.names():
+            break
+        deadline.wait(0.01)
+    assert recorder.names() == [f"poll {topic}"]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, asyncio.CancelledError])
+def test_a_hook_that_ends_the_application_leaves_nothing_open(
+    produced: Clients,
+    instrument: Instrument,
+    recorder: Recorder,
+    raised: type[BaseException],
+) -> None:
+    def hook(*_: Any) -> None:
+        raise raised
+
+    instrument(consume_hook=hook)
+    with pytest.raises(raised):
+        for _ in produced.consumer():
+            pass
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import kafka.errors
 import pytest
 from embedded_broker import EmbeddedBroker
-from opentelemetry import trace
+from opentelemetry import propagate, trace
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -365,3 +369,117 @@ def test_a_producer_that_lives_already_is_traced(
     producer.send(topic, b"value")
     producer.flush()
     assert recorder.names() == [f"send {topic}"]
+
+
+def test_a_hook_that_ends_the_application_leaves_no_span_open(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    def hook(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    instrument(produce_hook=hook)
+    producer = clients.producer()
+    with pytest.raises(KeyboardInterrupt):
+        producer.send(topic, b"value")
+    assert recorder.open() == []
+    assert recorder.names() == [f"send {topic}"]
+
+
+def test_a_key_too_long_to_be_written_as_digits_is_left_out(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(key_serializer=lambda key: hex(key).encode())
+    producer.send(topic, b"value", key=10**5000).get(DEADLINE)
+    span = recorder.one(f"send {topic}")
+    assert "messaging.kafka.message.key" not in (span.attributes or {})
+    assert span.kind is SpanKind.PRODUCER
+
+
+class _UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text today")
+
+
+def test_an_exception_without_a_text_is_an_error_too(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, log: Log
+) -> None:
+    def fail(_: Any) -> bytes:
+        raise _UnprintableError
+
+    producer = clients.producer(value_serializer=fail)
+    with pytest.raises(_UnprintableError):
+        producer.send(topic, b"value")
+    span = recorder.one(f"send {topic}")
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "_UnprintableError"
+    log.take()
+
+
+def test_without_propagators_nothing_is_produced_for_others(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    configured = propagate.get_global_textmap()
+    propagate.set_global_textmap(CompositePropagator([]))
+    try:
+        clients.send(b"value")
+    finally:
+        propagate.set_global_textmap(configured)
+    assert recorder.one(f"send {topic}").kind is SpanKind.CLIENT
+
+
+def test_the_peer_is_the_leader_at_the_acknowledgement(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """The metadata is made to look refreshed: one embedded broker moves no leader."""
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.partitions_for(topic)
+    producer.send(topic, b"value", partition=0)
+    cluster = producer._metadata
+    leader = cluster.leader_for_partition
+    node = cluster.broker_metadata(leader(kafka.TopicPartition(topic, 0)))
+    moved = SimpleNamespace(host="192.0.2.1", port=9092)
+    cluster.broker_metadata = lambda _: moved
+    cluster._last_successful_refresh_ms += 1
+    producer.flush()
+    del cluster.broker_metadata
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["network.peer.address"] == "192.0.2.1"
+    assert span.attributes["server.address"] == node.host
+
+
+def test_a_log_handler_that_raises_does_not_reach_the_application(
+    instrument: Instrument, clients: Clients, topic: str, log: Log
+) -> None:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("from a log handler")
+
+    def hook(*_: Any) -> None:
+        raise LookupError("from a hook")
+
+    instrument(produce_hook=hook)
+    handler = Handler()
+    logging.getLogger("otel_kafka_python").addHandler(handler)
+    try:
+        clients.producer().send(topic, b"value").get(DEADLINE)
+    finally:
+        logging.getLogger("otel_kafka_python").removeHandler(handler)
+    log.take()
+
+
+def test_a_meter_provider_that_fails_costs_no_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, log: Log
+) -> None:
+    class Broken(NoOpMeterProvider):
+        def get_meter(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no meters today")
+
+    instrument(meter_provider=type("Broken", (Broken,), {"__module__": "sdk"})())
+    clients.send(b"value")
+    recorder.one(f"send {topic}")
+    (message,) = log.take()
+    assert message.startswith("Failed to create the instruments")

@@ -118,5 +118,8 @@ def message_key(key: object) -> str | None:
     if isinstance(key, str):
         return None if re.search("[\ud800-\udfff]", key) else key
     if isinstance(key, int) and not isinstance(key, bool):
-        return str(key)
+        try:
+            return str(key)
+        except ValueError:  # Python writes no integer of so many digits
+            return None
     return None

@@ -69,9 +69,19 @@ class Client:
     # What others have worked out from these facts and the cluster's metadata;
     # dropped when the metadata is refreshed.
     derived: dict[Any, Any] = field(default_factory=dict)
+    # As `derived`, but of the answers of partitions' leaders.
+    answers: dict[Any, Any] = field(default_factory=dict)
     # Set while a `__next__` of the client runs, whose own `poll` is part of it:
     # "next" for an operation of its own, "iteration" for one step of a loop.
     advancing: str | None = None
+
+    def refresh(self) -> None:
+        """Drop what was derived from metadata that has been refreshed since."""
+        cluster = None if self.cluster is None else self.cluster()
+        refreshed = getattr(cluster, "_last_successful_refresh_ms", None)
+        if refreshed != self.refreshed:
+            self.refreshed = refreshed
+            self.derived, self.answers = {}, {}
 
     def metadata(self) -> Any:
         """kafka-python's ClusterMetadata of the client, or None."""
@@ -108,11 +118,9 @@ class Clients:
         client = self._known.get(instance)
         if client is None:
             client = self._known[instance] = _describe(instance)
-        refreshed = getattr(client.metadata(), "_last_successful_refresh_ms", None)
-        if refreshed != client.refreshed:
-            client.refreshed = refreshed
+        client.refresh()
+        if not client.derived:
             client.sends_headers = _sends_headers(instance)
-            client.derived = {}
         return client
 
 
@@ -175,6 +183,12 @@ def when_done(future: Any, callback: Callable[[Any], None]) -> None:
     future.add_both(callback)
 
 
+def failure_at_once(future: Any) -> BaseException | None:
+    """The exception of a future that had failed before `send` returned it."""
+    error = future.exception if future.is_done else None
+    return error if isinstance(error, BaseException) else None
+
+
 def pending_partition(future: Any) -> int | None:
     """The partition that `send` chose, before the broker has acknowledged."""
     partition = future._produce_future.topic_partition.partition
@@ -191,7 +205,8 @@ def error_type(error: BaseException) -> str:
     """Kafka's name of an error where it has one, else the name of its class."""
     code = _error_code(error)
     if code is not None:
-        name = _KAFKA_ERROR_NAMES.get(code) or getattr(error, "message", None)
+        # A code that kafka-python does not know has a class with no name of its own.
+        name = _KAFKA_ERROR_NAMES.get(code) or vars(type(error)).get("message")
         if isinstance(name, str):
             return name
     return type(error).__qualname__

@@ -51,7 +51,7 @@ class ConsumerWrappers:
         try:
             polled = wrapped(*args, **kwargs)
         except BaseException as error:
-            self._fail(client, started, error)
+            self.fail(instance, client, started, error)
             raise
         try:
             if is_inner_poll(args, kwargs):
@@ -76,7 +76,7 @@ class ConsumerWrappers:
         except StopIteration:
             raise
         except BaseException as error:
-            self._fail(client, started, error)
+            self.fail(instance, client, started, error)
             raise
         finally:
             client.advancing = None
@@ -108,11 +108,17 @@ class ConsumerWrappers:
             report("trace a consumer")
         return None
 
-    def _fail(self, client: Client, started: int, error: BaseException) -> None:
-        """Trace a poll or `next` that raised."""
+    def fail(
+        self, consumer: Any, client: Client, started: int, error: BaseException
+    ) -> None:
+        """Trace a poll, a `next` or a step of an iteration that raised."""
+        client.advancing = None  # what is around it need not tell it again
         try:
             facts = self.telemetry.facts(client, POLL, None, None)
-            if facts is None:
+            topics = {partition.topic for partition in consumer.assignment()}
+            if facts is None or (
+                topics and all(map(self.telemetry.config.excludes, topics))
+            ):
                 return
             span = None
             if self.telemetry.config.receive_spans:
@@ -177,7 +183,7 @@ class ConsumerWrappers:
             of_partition = telemetry.facts(client, POLL, *partition)
             if of_partition is not None:
                 count_messages(of_partition, len(batch), span)
-            polled[partition] = Records(telemetry, client, batch)
+            polled[partition] = Records(batch, telemetry, client)
 
     def receive_one(
         self, client: Client, started: int, record: Record, *, measured: bool
@@ -248,10 +254,20 @@ class ConsumerIterator(ScopedIterator):
         self._client.advancing = "iteration"
         try:
             return self._next()
+        except StopIteration:
+            raise
+        except BaseException as error:
+            # Up to 2.0 there is an iteration without a poll inside.
+            if self._client.advancing is not None:
+                self._wrappers.fail(self._consumer, self._client, self._started, error)
+            raise
         finally:
             self._client.advancing = None
 
     def __getattr__(self, name: str) -> Any:
+        # A copy that was not initialised has no consumer, and must not look for it.
+        if name == "_consumer":
+            raise AttributeError(name)
         return getattr(self._consumer, name)
 
     def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:

@@ -13,6 +13,7 @@ it is believed; where it cannot be had, no loop is seen.
 from __future__ import annotations
 
 import dis
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from types import CodeType, FrameType
 
 _COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
 _DELEGATIONS = frozenset({"SEND", "YIELD_FROM"})
+_YIELDS = _DELEGATIONS | {"YIELD_VALUE"}
 _APPENDS = frozenset({"LIST_APPEND", "SET_ADD", "MAP_ADD"})
 # What stands between the last instruction of a loop's body and the first after
 # it; several in a row where the loop is the end of another loop's body.
@@ -30,7 +32,7 @@ _LOOP_ENDS = frozenset(
     {"JUMP_BACKWARD", "END_FOR", "POP_ITER", "END_ASYNC_FOR", "NOP", "EXTENDED_ARG"}
 )
 
-_STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
+_STANDARD_LIBRARY = str(Path(dis.__file__).parent) + os.sep
 _THIRD_PARTY = ("site-packages", "dist-packages")
 
 
@@ -38,7 +40,9 @@ class Asker(Enum):
     """What kind of instruction asks for the next item."""
 
     LOOP = auto()
-    DELEGATION = auto()  # a generator's `yield from`: who asks it, asks
+    # A generator's loop that yields, or its `yield from`: nothing but a loop over the
+    # generator bounds what happens to an item.
+    GENERATOR = auto()
     OTHER = auto()
 
 
@@ -46,14 +50,14 @@ def is_loop(frame: FrameType | None) -> bool:
     """Whether a `for` statement is what now asks for the next item.
 
     `enumerate`, `zip` and other iterators written in C are seen as the `for`
-    that they stand in, and so is a generator that delegates by `yield from`.
+    that they stand in, and so is a generator that hands the items on.
 
     Args:
         frame: The frame that called the iterator's `__next__`.
     """
     while frame is not None:
         asker = asker_at(frame.f_code, frame.f_lasti)
-        if asker is not Asker.DELEGATION:
+        if asker is not Asker.GENERATOR:
             return asker is Asker.LOOP
         frame = frame.f_back
     return False
@@ -70,6 +74,8 @@ def asker_at(code: CodeType, offset: int) -> Asker:
 def _is_library(filename: str) -> bool:
     # The loops of the standard library copy, write or hand on what they are
     # given (json with an indent, multiprocessing's pools); they process nothing.
+    if filename.startswith("<frozen "):
+        return True
     return filename.startswith(_STANDARD_LIBRARY) and not any(
         part in filename for part in _THIRD_PARTY
     )
@@ -86,20 +92,40 @@ def _read(code: CodeType, offset: int) -> Asker:
         index += 1
     asking = instructions[index]
     if asking.opname in _DELEGATIONS:
-        return Asker.DELEGATION
+        return Asker.GENERATOR
     if asking.opname != "FOR_ITER":
         return Asker.OTHER
     # Since 3.12 a comprehension stands inline in the code around it. It differs
     # from a statement in that each round of its loop ends with an append.
-    end = next(i for i, each in enumerate(instructions) if each.offset == asking.argval)
-    for index in range(end - 1, 0, -1):
+    start = index
+    while start and instructions[start - 1].opname == "EXTENDED_ARG":
+        start -= 1
+    targets = {instructions[start].offset, asking.offset}
+    for back, each in enumerate(instructions):
+        if (
+            each.opname.startswith("JUMP")
+            and each.argval in targets
+            and _last_of_body(instructions, back) in _APPENDS
+        ):
+            return Asker.OTHER
+    if code.co_flags & inspect.CO_GENERATOR and any(
+        each.opname in _YIELDS and asking.offset < each.offset < asking.argval
+        for each in instructions
+    ):
+        return Asker.GENERATOR
+    return Asker.LOOP
+
+
+def _last_of_body(instructions: list[dis.Instruction], back: int) -> str:
+    """What a loop's body ends with, before the jump `back` to the loop's start."""
+    for index in range(back - 1, 0, -1):
         name = instructions[index].opname
         before = instructions[index - 1].opname
         if name == "POP_TOP" and before == "END_FOR":
             continue
         if name not in _LOOP_ENDS:
-            return Asker.OTHER if name in _APPENDS else Asker.LOOP
-    return Asker.LOOP
+            return name
+    return ""
 
 
 class _Probe:

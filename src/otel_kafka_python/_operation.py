@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,8 @@ class Telemetry:
             return client
         except Exception:
             report("read the configuration of a client")
-            return Client()
+            # Its broker may be one that would refuse headers.
+            return Client(sends_headers=False)
 
     def facts(
         self, client: Client, kind: Kind, topic: str | None, partition: int | None
@@ -145,8 +147,10 @@ class Telemetry:
             The facts, or None if the topic is excluded.
         """
         facts: Facts | None
+        # Another thread may put a new one in its place as the metadata changes.
+        derived = client.derived
         try:
-            facts = client.derived[kind, topic, partition]
+            facts = derived[kind, topic, partition]
         except KeyError:
             name = legal_topic(topic)
             excluded = name is not None and self.config.excludes(name)
@@ -155,7 +159,7 @@ class Telemetry:
             )
             # What is no name of a topic is never kept: there is no end of them.
             if name == topic:
-                client.derived[kind, topic, partition] = facts
+                derived[kind, topic, partition] = facts
         return facts
 
     def _build_facts(
@@ -173,8 +177,12 @@ class Telemetry:
         }
         if kind is POLL and leader is not None and leader.is_ip:
             attributes.update(peer_attributes(leader))
-        instruments = self._metrics.instruments()
         duration = messages = None
+        try:
+            instruments = self._metrics.instruments()
+        except Exception:
+            report("create the instruments")
+            instruments = None
         if instruments is not None:
             duration = instruments.operation_duration
             if kind is PROCESS:
@@ -238,13 +246,22 @@ class Operation:
         started: When it started, in nanoseconds since the epoch.
     """
 
-    __slots__ = ("_process", "ended", "error_type", "facts", "span", "started")
+    __slots__ = (
+        "_process",
+        "_unclaimed",
+        "ended",
+        "error_type",
+        "facts",
+        "span",
+        "started",
+    )
 
     def __init__(self, facts: Facts, span: Span | None, started: int) -> None:
         self.facts = facts
         self.span = span
         self.started = started
         self.ended = False
+        self._unclaimed = True
         self.error_type: str | None = None
         self._process = _process
 
@@ -254,6 +271,8 @@ class Operation:
         Args:
             error: The exception, or None if nobody will ever know the outcome.
         """
+        if self._process is not _process:
+            return
         try:
             self.error_type = (
                 OUTCOME_UNKNOWN if error is None else _client.error_type(error)
@@ -262,12 +281,23 @@ class Operation:
             if span is None or not span.is_recording():
                 return
             span.set_attribute(ERROR_TYPE, self.error_type)
-            message = "the outcome is unknown" if error is None else str(error)
-            span.set_status(Status(StatusCode.ERROR, message))
+            span.set_status(Status(StatusCode.ERROR, _message(error)))
             if error is not None:
                 span.record_exception(error)
         except Exception:
             report("record an error")
+
+    def claim(self) -> bool:
+        """Whether nobody has ended it; the caller has to."""
+        # To delete it is one step, which two threads cannot both take.
+        try:
+            del self._unclaimed
+        except AttributeError:
+            return False
+        self.ended = True
+        # After a fork the child has copies of what the parent has started, and
+        # the parent ends them.
+        return self._process is _process
 
     def end(
         self,
@@ -277,6 +307,7 @@ class Operation:
         measured: bool = True,
         partition: int | None = None,
         messages: int = 0,
+        claimed: bool = False,
     ) -> None:
         """End the span, measure the duration and count the messages, once.
 
@@ -286,16 +317,12 @@ class Operation:
             measured: False if the duration belongs to an operation around it.
             partition: The partition, if it was not known in advance.
             messages: How many messages to count.
+            claimed: Whether the caller has the claim to end it.
         """
-        # Nothing between the question and the answer lets another thread in.
-        if self.ended:
+        if not claimed and not self.claim():
             return
-        self.ended = True
-        # After a fork the child has copies of what the parent has started, and
-        # the parent ends them.
-        if self._process is not _process:
-            return
-        ended = time.time_ns() if ended is None else ended
+        # The clock may have been set back.
+        ended = max(time.time_ns() if ended is None else ended, self.started)
         span = self.span
         if span is not None:
             try:
@@ -315,7 +342,7 @@ class Operation:
                 of_duration = {**of_duration, ERROR_TYPE: self.error_type}
                 of_messages = {**of_messages, ERROR_TYPE: self.error_type}
             context = None if span is None else set_span_in_context(span)
-            seconds = max(ended - self.started, 0) / 1e9
+            seconds = (ended - self.started) / 1e9
             facts.duration.record(seconds, of_duration, context)
             if messages and facts.messages is not None:
                 facts.messages.add(messages, of_messages, context)
@@ -329,6 +356,16 @@ class Operation:
             ended: When that was found out, in nanoseconds since the epoch.
         """
         self.end(ended=ended)
+
+
+def _message(error: BaseException | None) -> str:
+    """The description of a status."""
+    if error is None:
+        return "the outcome is unknown"
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__qualname__
 
 
 def count_messages(facts: Facts, messages: int, span: Span | None = None) -> None:
@@ -347,13 +384,30 @@ def count_messages(facts: Facts, messages: int, span: Span | None = None) -> Non
 # reentrant.
 _abandoned: deque[tuple[Operation, int]] = deque()
 
+# The thread on which the garbage collector runs now.
+_collecting: int | None = None
+
+
+def is_collecting() -> bool:
+    """Whether the garbage collector runs on this thread, and what it drops, is here."""
+    return _collecting == threading.get_ident()
+
+
+def _on_collection(phase: str, _info: Mapping[str, int]) -> None:
+    global _collecting  # noqa: PLW0603 (there is one collector)
+    _collecting = threading.get_ident() if phase == "start" else None
+
+
+gc.callbacks.append(_on_collection)
+
+
 # One object for each process, so that a forked child knows what is not its own.
 _process = object()
 
 
 def leave_behind(operation: Operation) -> None:
     """Have an operation that was dropped ended later; safe in a finaliser."""
-    if not operation.ended:
+    if not operation.ended and operation._process is _process:
         _abandoned.append((operation, time.time_ns()))
 
 
@@ -370,6 +424,7 @@ def end_abandoned() -> None:
 def end_all() -> None:
     """End all operations, because the interpreter exits."""
     end_abandoned()
+    gc.unfreeze()  # what is frozen is not listed
     # Asking the garbage collector for them costs nothing until now, which a
     # register of all messages in flight would.
     ended = time.time_ns()

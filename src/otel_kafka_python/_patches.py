@@ -37,12 +37,18 @@ def apply(telemetry: Telemetry) -> list[Layer]:
     from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (may be missing)
 
     producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
-    layers = [
-        _wrap(KafkaProducer, "send", producer.send),
-        _wrap(KafkaConsumer, "poll", consumer.poll),
-        _wrap(KafkaConsumer, "__iter__", consumer.iterate),
-        _wrap(KafkaConsumer, "__next__", consumer.advance),
-    ]
+    layers: list[Layer] = []
+    try:
+        for owner, method, wrapper in (
+            (KafkaProducer, "send", producer.send),
+            (KafkaConsumer, "poll", consumer.poll),
+            (KafkaConsumer, "__iter__", consumer.iterate),
+            (KafkaConsumer, "__next__", consumer.advance),
+        ):
+            layers.append(_wrap(owner, method, wrapper))
+    except Exception:
+        revert(layers)
+        raise
     consumer.next_layer = layers[-1].wrapper
     return layers
 
@@ -64,7 +70,11 @@ def revert(layers: list[Layer]) -> None:
     """
     for layer in layers:
         outermost: Any = vars(layer.owner).get(layer.method)
-        if outermost is layer.wrapper:
+        # Whoever reads the attribute of the class to put it back, puts back ours
+        # as bound to the class (OpenTelemetry's `unwrap` does).
+        bound = isinstance(outermost, wrapt.BoundFunctionWrapper)
+        unbound = outermost._self_parent if bound else outermost
+        if unbound is layer.wrapper:
             setattr(layer.owner, layer.method, layer.wrapper.__wrapped__)
             continue
         above: Any = outermost

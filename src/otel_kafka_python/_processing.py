@@ -6,12 +6,10 @@ The scope of a process span is the body of the loop over a record, or of a
 
 from __future__ import annotations
 
-import gc
 import operator
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -20,6 +18,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     INVALID_SPAN,
+    Link,
     Span,
     SpanContext,
     SpanKind,
@@ -43,6 +42,7 @@ from otel_kafka_python._operation import (
     Operation,
     Telemetry,
     end_abandoned,
+    is_collecting,
     leave_behind,
 )
 from otel_kafka_python._safety import call_hook, report
@@ -52,9 +52,45 @@ from otel_kafka_python._safety import call_hook, report
 # OpenTelemetry would log an error.
 _innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
 
-# Under this key the context of a scope has the scope, so that a send knows which
-# messages are being processed, whatever other spans are current in between.
-_SCOPE_KEY = otel_context.create_key("otel-kafka-python-scope")
+# Under this key the context of a scope has the messages that it accounts for, so
+# that a send knows which are being processed, whatever other spans are current in
+# between.
+_PROCESSED_KEY = otel_context.create_key("otel-kafka-python-processed")
+
+
+class Processed:
+    """The messages that a scope accounts for, as its context knows them.
+
+    A copy of the context (a task's, a timer's) may outlive the scope by far, so
+    the records themselves are let go with its end.
+
+    Args:
+        records: The records.
+        links: The links to the creation contexts of some of them.
+        outer: What the scope around it accounts for.
+    """
+
+    __slots__ = ("_created", "_links", "outer", "records")
+
+    def __init__(
+        self, records: Sequence[Record], links: Sequence[Link], outer: Processed | None
+    ) -> None:
+        self.records = records
+        self.outer = outer
+        self._links = links
+        self._created: frozenset[tuple[int, int]] | None = None
+
+    def carries(self, created: SpanContext) -> bool:
+        """Whether a creation context is that of a record among these."""
+        if self._created is None:
+            contexts = [link.context for link in self._links]
+            # Not every one of a large batch is linked to.
+            if len(contexts) < len(self.records):
+                contexts = [
+                    each for each in map(creation_context_of, self.records) if each
+                ]
+            self._created = frozenset((one.trace_id, one.span_id) for one in contexts)
+        return (created.trace_id, created.span_id) in self._created
 
 
 class Scope(Operation):
@@ -64,19 +100,19 @@ class Scope(Operation):
         facts: What was known of it in advance.
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
-        records: The records that it accounts for.
+        processed: The records that it accounts for.
     """
 
     __slots__ = (
         "_attached",
         "_base",
+        "_below",
         "_entered",
+        "_failed_with",
         "_ids",
         "_marker",
-        "_outer",
-        "_thread",
         "_token",
-        "records",
+        "processed",
     )
 
     def __init__(
@@ -84,47 +120,98 @@ class Scope(Operation):
         facts: Facts,
         span: Span | None,
         started: int,
-        records: Sequence[Record],
+        processed: Processed,
     ) -> None:
         super().__init__(facts, span, started)
-        self.records = records
+        self.processed = processed
         self._entered = False
         self._ids: frozenset[int] | None = None
+        self._failed_with: int | None = None
+        self._below: Scope | None = None
+        self._marker: Token[Scope | None] | None = None
+        self._base: Context | None = None
+        self._attached: Context | None = None
+        self._token: Token[Context] | None = None
 
-    def enter(self, base: Context, outer: Scope | None, attached: Context) -> None:
-        """Make `attached` current, until `leave`."""
-        self._base = base
-        self._outer = outer
-        self._attached = attached
-        self._thread = threading.get_ident()
-        self._marker: Token[Scope | None] = _innermost.set(self)
-        self._token = otel_context.attach(attached)
+    def enter(self, base: Context, attached: Context | None) -> None:
+        """Begin, until `leave`.
+
+        Args:
+            base: What is current around it.
+            attached: What is current in it; None if it changes nothing.
+        """
+        below = _innermost.get(None)
+        while below is not None and below._marker is None:
+            below = below._below
+        self._below = below
+        self._marker = _innermost.set(self)
         self._entered = True
+        if attached is not None:
+            self._base, self._attached = base, attached
+            self._token = otel_context.attach(attached)
 
     def leave(self) -> None:
         """Restore the context that was current before `enter`, if that is to be done.
 
-        It is not on another thread or in another context, nor where an outer scope
-        that ended first has done it.
+        It is not on another thread or in another context, nor while a span that
+        the application has made current in it lasts.
         """
         if not self._entered:
             return
         self._entered = False
         scope = _innermost.get(None)
+        spans = []
         while scope is not None and scope is not self:
-            scope = scope._outer
+            spans.append(scope.span)
+            scope = scope._below
         if scope is None:
             return
+        # Scopes that were entered later (the other consumers' of a `zip`) give way.
+        if not self.is_covered(spans):
+            self.undo()
+        if self._below is not None:
+            undo_left()
+
+    def is_entered_here(self) -> bool:
+        """Whether the code that runs now is in this scope, in its own context."""
+        if not self._entered or self.ended or self._marker is None:
+            return False
+        innermost = _innermost.get(None)
         try:
             _innermost.reset(self._marker)
-        except ValueError:  # a copy of the context that it was entered in
-            return
-        otel_context.detach(self._token)
+        except ValueError:
+            return False
+        # What `reset` has used up is to be had again.
+        self._marker = _innermost.set(innermost)
+        return True
+
+    def is_covered(self, spans: Sequence[Span | None] = ()) -> bool:
+        """Whether a span that lasts, and is none of these, is current in it."""
+        current = otel_context.get_current()
+        if self._attached is None or current is self._attached:
+            return False
+        span = get_current_span(current)
+        return span is not self.span and span not in spans and span.is_recording()
+
+    def undo(self) -> bool:
+        """Undo what `enter` did; not in a copy of the context that it was done in."""
+        if self._marker is None:
+            return False
+        try:
+            _innermost.reset(self._marker)
+        except ValueError:
+            return False
+        self._marker = None
+        if self._token is not None:
+            otel_context.detach(self._token)
+            self._token = None
+        return True
 
     def close(self) -> None:
         """Leave the scope and end its operation."""
         self.leave()
         self.end()
+        self.processed.records = ()
 
     def drop(self, *, collected: bool) -> None:
         """Close a scope whose iterator is being finalised.
@@ -133,31 +220,43 @@ class Scope(Operation):
             collected: Whether the garbage collector found it, perhaps in the
                 midst of anything.
         """
-        self.leave()
-        if collected:
-            leave_behind(self)
-        else:
-            self.end()
-
-    def can_be_adopted(self) -> bool:
-        """Whether the code that runs now is in this scope, on its own thread."""
-        return (
-            self._entered and not self.ended and self._thread == threading.get_ident()
-        )
+        if not collected:
+            self.close()
+            return
+        self._entered = False
+        if otel_context.get_current() is self._attached:
+            undo_left()
+        self.processed.records = ()
+        leave_behind(self)
 
     def holds(self, record: Record) -> bool:
         """Whether it accounts for this very record."""
-        if len(self.records) == 1:
-            return self.records[0] is record
+        records = self.processed.records
+        if len(records) == 1:
+            return records[0] is record
         if self._ids is None:
-            self._ids = frozenset(map(id, self.records))
-        return id(record) in self._ids
+            self._ids = frozenset(map(id, records))
+        return bool(records) and id(record) in self._ids
 
-    def carries(self, created: SpanContext) -> bool:
-        """Whether a creation context is that of a record it accounts for."""
-        return any(
-            same_span(creation_context_of(record), created) for record in self.records
-        )
+    def fail_with(self, error: BaseException) -> None:
+        """Fail with an exception that may pass by here more than once."""
+        if self._failed_with != id(error):
+            self._failed_with = id(error)
+            self.fail(error)
+
+
+def undo_left() -> Scope | None:
+    """Undo those of the innermost scopes that were left while they were covered.
+
+    Returns:
+        The innermost scope that remains.
+    """
+    scope = _innermost.get(None)
+    while scope is not None and not scope._entered:
+        if scope.is_covered() or not scope.undo():
+            break
+        scope = _innermost.get(None)
+    return scope
 
 
 def same_span(one: SpanContext | None, other: SpanContext | None) -> bool:
@@ -177,32 +276,34 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
         created: The creation context of a message that is about to be sent.
         context: The context in which it is sent.
     """
-    scope = context.get(_SCOPE_KEY)
-    while isinstance(scope, Scope):
-        if scope.carries(created):
+    processed: Any = context.get(_PROCESSED_KEY)
+    while processed is not None:
+        if processed.carries(created):
             return True
-        scope = scope._outer
+        processed = processed.outer
     return False
 
 
-def _current() -> tuple[Context, Scope | None]:
-    """The current context and the innermost scope, without those that have ended.
+def _base() -> Context:
+    """The current context, or what was current before the scopes that have ended.
 
     A copy of a context (a task's, a thread's) keeps a scope current after the
-    loop has gone on; there, what was current before it counts.
+    loop has gone on.
     """
-    context, scope = otel_context.get_current(), _innermost.get(None)
+    scope = undo_left()
+    context = otel_context.get_current()
     while scope is not None and not scope._entered:
-        if context is scope._attached:
+        if context is scope._attached and scope._base is not None:
             context = scope._base
-        scope = scope._outer
-    return context, scope
+        scope = scope._below
+    return context
 
 
-def _scope_of(record: Record, scope: Scope | None) -> Scope | None:
-    """The scope that accounts for a record, among `scope` and those around it."""
+def _scope_of(record: Record) -> Scope | None:
+    """The scope that accounts for a record, among those around what runs now."""
+    scope = _innermost.get(None)
     while scope is not None and not scope.holds(record):
-        scope = scope._outer
+        scope = scope._below
     return scope
 
 
@@ -231,11 +332,13 @@ def open_scope(
     if facts is None:
         return None
     started = time.time_ns()
+    base = _base()
     if not config.process_spans:
         if facts.duration is None:
             return None
-        return Scope(facts, None, started, records)
-    base, outer = _current()
+        scope = Scope(facts, None, started, Processed(records, (), None))
+        scope.enter(base, None)
+        return scope
     account = account_for(config, records, batch=batch)
     context = parent = Context({**base, **account.context})
     ambient = get_current_span(base)
@@ -251,12 +354,20 @@ def open_scope(
         context=parent,
         links=account.links,
     )
-    scope = Scope(facts, span, started, records)
-    if span is not None:
-        context = otel_context.set_value(_SCOPE_KEY, scope, context)
-        scope.enter(base, outer, set_span_in_context(span, context))
-        if config.consume_hook is not None and not batch:
+    outer: Any = base.get(_PROCESSED_KEY)
+    processed = Processed(records, account.links, outer)
+    scope = Scope(facts, span, started, processed)
+    if span is None:
+        scope.enter(base, None)
+        return scope
+    context = otel_context.set_value(_PROCESSED_KEY, processed, context)
+    scope.enter(base, set_span_in_context(span, context))
+    if config.consume_hook is not None and not batch:
+        try:
             call_hook("consume_hook", config.consume_hook, span, records[0], (), {})
+        except BaseException:  # the user's, who wants to end it all
+            scope.close()
+            raise
     return scope
 
 
@@ -293,11 +404,14 @@ class ScopedIterator:
     def _is_asked_by_loop(self) -> bool:
         # The frame that called `__next__`. A loop asks from one place again and
         # again, so the last answer nearly always holds.
-        frame: FrameType = sys._getframe(2)
+        try:
+            frame: FrameType = sys._getframe(2)
+        except ValueError:  # nothing written in Python did
+            return False
         if frame.f_code is not self._asked_in or frame.f_lasti != self._asked_at:
             self._asked_in, self._asked_at = frame.f_code, frame.f_lasti
             self._asker = asker_at(frame.f_code, frame.f_lasti)
-        if self._asker is Asker.DELEGATION:
+        if self._asker is Asker.GENERATOR:
             return is_loop(frame.f_back)
         return self._asker is Asker.LOOP
 
@@ -310,52 +424,74 @@ class ScopedIterator:
         raise NotImplementedError
 
     def __del__(self) -> None:
-        # During a collection the object counts as finalised already.
-        if self._scope is not None:
-            self._scope.drop(collected=gc.is_finalized(self))
+        scope = getattr(self, "_scope", None)  # a copy may lack it
+        if scope is not None:
+            scope.drop(collected=is_collecting())
 
 
 class Records(list[Record]):
     """The records of a partition as `poll` returned them.
 
     A list in every respect, but a loop over it makes a process span for each
-    record. Copies and pickles of it are plain lists.
+    record. Copies and pickles of it are plain lists, and what others build by
+    calling its class behaves as one.
+
+    Args:
+        records: The records.
+        telemetry: What the instrumentation works with.
+        client: The consumer.
     """
 
-    __slots__ = ("_client", "_processed", "_telemetry")
+    __slots__ = ("_processed", "client", "telemetry")
 
     def __init__(
-        self, telemetry: Telemetry, client: Client, records: Sequence[Record]
+        self,
+        records: Iterable[Record] = (),
+        telemetry: Telemetry | None = None,
+        client: Client | None = None,
     ) -> None:
         super().__init__(records)
-        self._telemetry = telemetry
-        self._client = client
-        # The offsets of those that a process span has accounted for.
-        self._processed: set[int] = set()
+        self.telemetry = telemetry
+        self.client = client
+        # Those that a process span has accounted for.
+        self._processed: set[tuple[str, int, int]] = set()
 
     def __iter__(self) -> Iterator[Record]:
-        return RecordsIterator(self)
+        if self.telemetry is None or self.client is None:
+            return super().__iter__()
+        return RecordsIterator(self, self.telemetry, self.client)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         return list, (self.copy(),)
 
     def take(self, record: Record) -> bool:
         """Whether no process span has accounted for a record; now one does."""
-        if record.offset in self._processed:
+        # A list can be extended by what is from another partition.
+        position = (record.topic, record.partition, record.offset)
+        if position in self._processed:
             return False
-        self._processed.add(record.offset)
+        self._processed.add(position)
         return True
 
 
 class RecordsIterator(ScopedIterator):
     """The iterator of `Records`."""
 
-    __slots__ = ("_plain", "_records")
+    __slots__ = ("_client", "_plain", "_records", "_telemetry")
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, telemetry: Telemetry, client: Client) -> None:
         super().__init__()
+        self._telemetry = telemetry
+        self._client = client
         self._records = records
         self._plain = list.__iter__(records)
+
+    def __reduce__(self) -> Any:
+        # As that of a plain list, where it stands.
+        reduced: Any = self._plain.__reduce__()
+        if len(reduced) < 3:  # noqa: PLR2004 (without a position: it is at its end)
+            return reduced
+        return (reduced[0], (self._records.copy(),), *reduced[2:])
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self._plain)
@@ -364,16 +500,15 @@ class RecordsIterator(ScopedIterator):
         return next(self._plain)
 
     def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:
-        records = self._records
-        telemetry = records._telemetry
-        if not by_loop or not telemetry.is_enabled() or not records.take(record):
+        telemetry = self._telemetry
+        if not by_loop or not telemetry.is_enabled() or not self._records.take(record):
             return None
-        return process(telemetry, records._client, record)
+        return process(telemetry, self._client, record)
 
 
 def process(telemetry: Telemetry, client: Client, record: Record) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if _scope_of(record, _innermost.get(None)) is not None:
+    if _scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, [record], batch=False)
 
@@ -418,31 +553,32 @@ class ProcessSpan:
     def __init__(self, records: Any, consumer: Any) -> None:
         self._given = records
         self._consumer = consumer
-        self._scope: Scope | None = None
-        self._adopted = False
+        # Of each entry that has not been left: its scope, and whether that is its own.
+        self._entries: list[tuple[Scope | None, bool]] = []
 
     def __enter__(self) -> Span:
+        entry: tuple[Scope | None, bool] = None, False
         try:
-            self._open()
+            entry = self._open()
         except Exception:
             report("trace the processing of a record")
-        scope = self._scope
+        self._entries.append(entry)
+        scope, _ = entry
         return INVALID_SPAN if scope is None or scope.span is None else scope.span
 
-    def _open(self) -> None:
+    def _open(self) -> tuple[Scope | None, bool]:
         global _telemetry  # noqa: PLW0603 (there is one instrumentation)
         if _telemetry is None:
             _telemetry = Telemetry(_config.load({}))
         telemetry = _telemetry
         if not telemetry.is_enabled():
-            return
+            return None, False
         given = self._given
         batch = not hasattr(given, "offset")
         if not batch:
-            adopted = _scope_of(given, _innermost.get(None))
-            if adopted is not None and adopted.can_be_adopted():
-                self._scope, self._adopted = adopted, True
-                return
+            adopted = _scope_of(given)
+            if adopted is not None and adopted.is_entered_here():
+                return adopted, False
         client = (
             Client() if self._consumer is None else telemetry.client(self._consumer)
         )
@@ -451,8 +587,9 @@ class ProcessSpan:
             for record in _flatten(given)
             if telemetry.facts(client, PROCESS, record.topic, record.partition)
         ]
-        if records:
-            self._scope = open_scope(telemetry, client, records, batch=batch)
+        if not records:
+            return None, False
+        return open_scope(telemetry, client, records, batch=batch), True
 
     def __exit__(
         self,
@@ -460,13 +597,13 @@ class ProcessSpan:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope, self._scope = self._scope, None
+        scope, is_own = self._entries.pop()
         if scope is None:
             return
         # GeneratorExit says that a generator is closed, not that it failed.
         if error is not None and not isinstance(error, GeneratorExit):
-            scope.fail(error)
-        if not self._adopted:
+            scope.fail_with(error)
+        if is_own:
             scope.close()
 
 

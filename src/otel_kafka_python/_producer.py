@@ -40,6 +40,7 @@ from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
     creation_context,
     extract,
+    has_propagators,
     inject,
     may_carry_context,
 )
@@ -81,11 +82,16 @@ class Delivery(Operation):
         """Wait for the outcome; it may be there already."""
         try:
             self._partition = _client.pending_partition(future)
-            _client.when_done(future, self)
+            error = _client.failure_at_once(future)
+            if error is None:
+                _client.when_done(future, self)
+            else:
+                self._failed(error, time.time_ns(), at_once=True)
         except Exception:
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
-            self.end(messages=1)
+            if self.claim():
+                self._finish({}, None, None)
 
     def raised(self, error: BaseException) -> None:
         """End it with what `send` raised: nothing was handed to the client."""
@@ -97,7 +103,7 @@ class Delivery(Operation):
         ended = time.time_ns()
         try:
             if isinstance(outcome, BaseException):
-                self._failed(outcome, ended)
+                self._failed(outcome, ended, at_once=False)
             else:
                 self._acknowledged(outcome, ended)
         except Exception:
@@ -117,41 +123,55 @@ class Delivery(Operation):
                 metadata.offset, None, metadata.serialized_value_size == -1
             ),
         }
-        self.end(attributes, ended=ended, partition=partition, messages=1)
+        if self.claim():
+            self._finish(attributes, ended, partition)
 
-    def _failed(self, error: BaseException, ended: int) -> None:
+    def _failed(self, error: BaseException, ended: int, *, at_once: bool) -> None:
+        if not self.claim():
+            return
         self.fail(error)
         partition = self._partition
-        attributes: Attributes = {}
-        if partition is not None:
+        if partition is None:
+            attributes: Attributes = {}
+        elif at_once or not _client.is_answer(error):
+            attributes = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+        else:
             attributes = self._answer_attributes(partition)
-            if not _client.is_answer(error):
-                attributes = {
-                    MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)
-                }
-        self.end(attributes, ended=ended, partition=partition, messages=1)
+        self._finish(attributes, ended, partition)
+
+    def _finish(
+        self, attributes: Attributes, ended: int | None, partition: int | None
+    ) -> None:
+        self.end(attributes, ended=ended, partition=partition, messages=1, claimed=True)
+        # Up to 2.1 the future keeps its callbacks, and the application may keep it.
+        self.span = None
 
     def _answer_attributes(self, partition: int) -> Attributes:
         """What the answer of a partition's leader tells."""
         client, topic = self._client, self.facts.topic
-        known: Attributes | None = client.derived.get(("answer", topic, partition))
-        if known is None:
-            leader = None if topic is None else client.leader(topic, partition)
-            known = without_absent(
-                {
-                    MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
-                    **client_attributes(None, client.cluster_id),
-                    **peer_attributes(leader if leader and leader.is_ip else None),
-                }
-            )
-            client.derived["answer", topic, partition] = known
+        try:
+            client.refresh()  # the leader may have changed on the way
+            answers = client.answers
+            known: Attributes | None = answers.get((topic, partition))
+            if known is None:
+                leader = None if topic is None else client.leader(topic, partition)
+                known = answers[topic, partition] = without_absent(
+                    {
+                        MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
+                        **client_attributes(None, client.cluster_id),
+                        **peer_attributes(leader if leader and leader.is_ip else None),
+                    }
+                )
+        except Exception:
+            report("read the metadata of a producer")
+            return {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
         return known
 
     def abandon(self, ended: int) -> None:
         """End it without knowing whether the message has arrived."""
-        if not self.ended:
+        if self.claim():
             self.fail(None)
-            self.end(ended=ended, partition=self._partition, messages=1)
+            self._finish({}, ended, self._partition)
 
     def __del__(self) -> None:
         leave_behind(self)
@@ -213,7 +233,12 @@ class ProducerWrappers:
         started = time.time_ns()
         context = get_current()
         kept = self._kept_context(args, kwargs, context)
-        propagates = config.propagation and client.sends_headers and kept is None
+        propagates = (
+            config.propagation
+            and client.sends_headers
+            and kept is None
+            and has_propagators()
+        )
         span = None
         if config.send_spans:
             key = _client.argument(args, kwargs, 2, "key")
@@ -228,9 +253,13 @@ class ProducerWrappers:
                 ),
                 links=[] if kept is None else [Link(kept)],
             )
-            if span is not None and config.produce_hook is not None:
-                call_hook("produce_hook", config.produce_hook, span, args, kwargs)
         delivery = Delivery(facts, span, started, client)
+        if span is not None and config.produce_hook is not None:
+            try:
+                call_hook("produce_hook", config.produce_hook, span, args, kwargs)
+            except BaseException as error:  # the user's, who wants to end it all
+                delivery.raised(error)
+                raise
         if propagates:
             if span is not None:
                 context = set_span_in_context(span, context)

@@ -58,6 +58,11 @@ def creation_context(context: Context) -> SpanContext | None:
     return found if found.is_valid else None
 
 
+def has_propagators() -> bool:
+    """Whether any propagator is configured that writes headers."""
+    return bool(_fields())
+
+
 def may_carry_context(headers: Any) -> bool:
     """Whether the headers of a send are a list with a field of a propagator."""
     if not headers or not isinstance(headers, list):

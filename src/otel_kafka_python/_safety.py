@@ -10,6 +10,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 logger = logging.getLogger("otel_kafka_python")
@@ -29,12 +30,14 @@ def report(action: str) -> None:
     _reported.add(kind)
     # As text: a log handler that keeps its records would otherwise keep the frames
     # of the traceback alive, and with them the iterator of a loop that has ended.
-    logger.warning(
-        "Failed to %s; the application is not affected, and further failures "
-        "of this kind are not logged\n%s",
-        action,
-        traceback.format_exc(),
-    )
+    # That a log handler raises, or the stack is full, is no reason to raise either.
+    with suppress(Exception):
+        logger.warning(
+            "Failed to %s; the application is not affected, and further failures "
+            "of this kind are not logged\n%s",
+            action,
+            traceback.format_exc(),
+        )
 
 
 def call_hook(name: str, hook: Callable[..., object], *arguments: Any) -> None:

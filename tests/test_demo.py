@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from clients import sends_large
+
+# One of the demo's orders is too large for the broker.
+pytestmark = sends_large
+
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 # So that whatever a demo has started can be told from what others have.
 MARK = "OTEL_KAFKA_PYTHON_DEMO_TEST"

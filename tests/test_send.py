@@ -18,7 +18,7 @@ from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 
-from clients import DEADLINE, VERSION, Clients
+from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
 from recorder import Log, Recorder
 
@@ -274,6 +274,7 @@ def test_a_message_too_large_for_the_client(
     ) == (0 if VERSION >= (3, 0) else 1)
 
 
+@sends_large
 def test_a_message_that_the_broker_refuses(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -84,7 +84,9 @@ class Clients:
             if isinstance(client, KafkaProducer):
                 try:
                     client.close(timeout=1)
-                except kafka.errors.KafkaError:
+                # kafka-python 2.0 wakes its sender through a socket that the sender
+                # may just have closed, which is an AttributeError.
+                except (kafka.errors.KafkaError, AttributeError):
                     client._closed = True  # it would try again when it is dropped
             else:
                 client.close()

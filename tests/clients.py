@@ -85,8 +85,8 @@ class Clients:
                 try:
                     client.close(timeout=1)
                 # kafka-python 2.0 wakes its sender through a socket that the sender
-                # may just have closed, which is an AttributeError.
-                except (kafka.errors.KafkaError, AttributeError):
+                # may just be closing, as an error or no attribute at all.
+                except (kafka.errors.KafkaError, OSError, AttributeError):
                     client._closed = True  # it would try again when it is dropped
             else:
                 client.close()

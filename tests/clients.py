@@ -9,7 +9,9 @@ from typing import Any
 
 import kafka
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import KafkaAdminClient, NewTopic
+from kafka.structs import OffsetAndMetadata
 
 # kafka-python-ng carries the code of kafka-python 2.0.
 IS_NG = any(each == "kafka-python-ng" for each in packages_distributions()["kafka"])
@@ -72,6 +74,12 @@ class Clients:
             producer.send(self.topic, value, **arguments)
         producer.flush()
 
+    def create_topic(self, partitions: int) -> None:
+        """Create the topic with more partitions than one."""
+        admin = KafkaAdminClient(bootstrap_servers=self.address)
+        admin.create_topics([NewTopic(self.topic, partitions, 1)])
+        admin.close()
+
     def finite(self, count: int, **config: Any) -> Any:
         """A consumer whose iteration stops after so many records."""
         consumer = self.consumer(cls=Finite, **config)
@@ -109,6 +117,12 @@ def poll_records(consumer: Any, count: int) -> list[Any]:
         for batch in poll(consumer).values():
             records += batch
     return records
+
+
+def committable(topic: str, offset: int, partition: int = 0) -> dict[Any, Any]:
+    """What to commit so that a group goes on with the record at `offset`."""
+    more = [-1] if "leader_epoch" in OffsetAndMetadata._fields else []
+    return {TopicPartition(topic, partition): OffsetAndMetadata(offset, "", *more)}
 
 
 def take(consumer: Any, count: int) -> Iterator[Any]:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opentelemetry._logs import LogRecord
 from opentelemetry.sdk.metrics.export import Metric
 from opentelemetry.trace import SpanKind, StatusCode
+
+from otel_kafka_python._semconv import QUEUE_TIME_BUCKETS
 
 FACTS = json.loads((Path(__file__).parent / "messaging-kafka-1.44.0.json").read_text())
 SCHEMA_URL: str = FACTS["schema_url"]
@@ -22,11 +25,40 @@ SCOPE = "otel_kafka_python"
 # What an application's hook sets on our spans, in these tests.
 APPLICATION = "app."
 
+# What our own spans and metrics beyond the convention are, as they are documented: the
+# ends of transactions, of which the convention says nothing, and what the Java agent
+# has, too.
+TRANSACTIONS = {
+    "send_offsets_to_transaction",
+    "commit_transaction",
+    "abort_transaction",
+}
+HEADER = "messaging.header."
+OWN_ATTRIBUTES = {
+    "kafka.record.queue_time_ms": {"type": "int", "level": "opt_in"},
+}
+OWN_METRICS: dict[str, Any] = {
+    "kafka.record.queue_time": {
+        "unit": "s",
+        "instrument": "Histogram",
+        "bucket_boundaries": list(QUEUE_TIME_BUCKETS),
+        "attributes": {
+            "messaging.destination.name": {"type": "string", "level": "required"},
+            "messaging.destination.partition.id": {
+                "type": "string",
+                "level": "required",
+            },
+            "messaging.consumer.group.name": {"type": "string", "level": "recommended"},
+        },
+    }
+}
+
 # Of one message: what a link of a batch may carry.
 OF_ONE_MESSAGE = {
     "messaging.kafka.offset",
     "messaging.kafka.message.key",
     "messaging.kafka.message.tombstone",
+    "messaging.message.body.size",
     "messaging.destination.name",
     "messaging.destination.partition.id",
 }
@@ -41,7 +73,11 @@ TYPES = {"string": str, "int": int, "boolean": bool, "double": float}
 BY_KIND = {
     (span["kind"], span["operation_type"]): span for span in FACTS["spans"].values()
 }
-BY_METRIC = {metric["metric"]: metric for metric in FACTS["metrics"].values()}
+BY_METRIC = {
+    **{metric["metric"]: metric for metric in FACTS["metrics"].values()},
+    **OWN_METRICS,
+}
+EVENTS: dict[str, Any] = FACTS["exception_events"]["events"]
 
 
 @dataclass
@@ -79,12 +115,20 @@ def check_spans(spans: Iterable[Seen]) -> None:
 
 def _check_span(span: Seen) -> list[str]:
     attributes = span.attributes
-    facts = BY_KIND.get((span.kind.name, attributes.get("messaging.operation.type")))
+    operation_type = attributes.get("messaging.operation.type")
+    if attributes.get("messaging.operation.name") in TRANSACTIONS:
+        if operation_type is not None:
+            span.wrong("a transaction has no operation type")
+        operation_type = "settle"
+    facts = BY_KIND.get((span.kind.name, operation_type))
     if facts is None:
         span.wrong("the convention has no span of this kind and operation type")
         return span.violations
     _check_shape(span)
-    _check_attributes(span, attributes, facts["attributes"])
+    allowed = facts["attributes"]
+    if operation_type == "process":
+        allowed = {**allowed, **OWN_ATTRIBUTES}
+    _check_attributes(span, attributes, allowed)
     for link in span.links:
         allowed = {
             name: FACTS_OF_ATTRIBUTES[name] for name in OF_ONE_MESSAGE & set(link)
@@ -125,10 +169,18 @@ def _check_attributes(
     for name, value in attributes.items():
         if name.startswith(APPLICATION):
             continue
-        if name not in facts:
+        if name.startswith(HEADER):
+            if not _is_list_of_str(value):
+                span.wrong(f"{name} is {value!r}, but should be a list of str")
+        elif name not in facts:
             span.wrong(f"{name} is none of its attributes")
         elif type(value) is not TYPES[facts[name]["type"]]:
             span.wrong(f"{name} is {value!r}, but should be {facts[name]['type']}")
+
+
+def _is_list_of_str(value: Any) -> bool:
+    # As the SDK keeps lists.
+    return isinstance(value, tuple) and all(type(each) is str for each in value)
 
 
 FACTS_OF_ATTRIBUTES = {
@@ -177,3 +229,34 @@ def _check_point(
             yield f"{metric}: {name} is none of its attributes"
         elif type(value) is not TYPES[facts[name]["type"]]:
             yield f"{metric}: {name} is {value!r}"
+
+
+def check_events(records: Iterable[LogRecord]) -> None:
+    """Hold log events of ours against the convention.
+
+    Raises:
+        ViolationError: What is wrong, all of it.
+    """
+    violations = [each for record in records for each in _check_event(record)]
+    if violations:
+        raise ViolationError("\n".join(sorted(set(violations))))
+
+
+def _check_event(record: LogRecord) -> Iterable[str]:
+    name, attributes = record.event_name, record.attributes or {}
+    facts = EVENTS.get(name or "")
+    if facts is None:
+        yield f"{name}: the convention has no such event"
+        return
+    severity = record.severity_number
+    if severity is None or severity.value != facts["severity_number"]:
+        yield f"{name}: its severity is {severity}"
+    if record.severity_text != facts["severity"]:
+        yield f"{name}: its severity is called {record.severity_text}"
+    if not {"exception.type", "exception.message"} & set(attributes):
+        yield f"{name}: neither type nor message of the exception is there"
+    for attribute, value in attributes.items():
+        if attribute not in facts["attributes"]:
+            yield f"{name}: {attribute} is none of its attributes"
+        elif type(value) is not TYPES[facts["attributes"][attribute]["type"]]:
+            yield f"{name}: {attribute} is {value!r}"

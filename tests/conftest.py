@@ -98,6 +98,7 @@ def instrument(recorder: Recorder) -> Iterator[Instrument]:
             **{
                 "tracer_provider": recorder.tracer_provider,
                 "meter_provider": recorder.meter_provider,
+                "logger_provider": recorder.logger_provider,
                 **settings,
             }
         )

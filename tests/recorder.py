@@ -7,7 +7,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from opentelemetry._logs import LogRecord
 from opentelemetry.context import Context
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import (
+    InMemoryLogRecordExporter,
+    SimpleLogRecordProcessor,
+)
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Metric
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
@@ -19,7 +25,7 @@ from opentelemetry.sdk.trace.sampling import (
 )
 from opentelemetry.trace import SpanKind
 
-from conformance import SCOPE, Seen, check_metrics, check_spans
+from conformance import SCOPE, Seen, check_events, check_metrics, check_spans
 
 
 class Creation(NamedTuple):
@@ -63,7 +69,7 @@ class RecordingSampler(Sampler):
 
 
 class Recorder(SpanProcessor):
-    """A tracer provider and a meter provider, and what came through them."""
+    """A provider of each signal, and what came through them."""
 
     def __init__(self) -> None:
         self.sampler = RecordingSampler()
@@ -77,6 +83,11 @@ class Recorder(SpanProcessor):
         self.tracer_provider.add_span_processor(self)
         self.reader = InMemoryMetricReader()
         self.meter_provider = MeterProvider([self.reader], shutdown_on_exit=False)
+        self.logger_provider = LoggerProvider(shutdown_on_exit=False)
+        self._events = InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]
+        self.logger_provider.add_log_record_processor(
+            SimpleLogRecordProcessor(self._events)
+        )
         self.tracer = self.tracer_provider.get_tracer("application")
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
@@ -107,6 +118,15 @@ class Recorder(SpanProcessor):
         ended = {span.context.span_id for span in self.ended if span.context}
         return [s.name for s in self.started if s.context.span_id not in ended]
 
+    def events(self) -> list[LogRecord]:
+        """The log events of ours."""
+        return [
+            each.log_record
+            for each in self._events.get_finished_logs()
+            if each.instrumentation_scope is not None
+            and each.instrumentation_scope.name == SCOPE
+        ]
+
     def check(self) -> None:
         """Hold all of ours that has come against the convention."""
         check_spans(
@@ -125,6 +145,7 @@ class Recorder(SpanProcessor):
             and span.context is not None
         )
         check_metrics(self.metrics())
+        check_events(self.events())
 
     def metrics(self) -> list[Metric]:
         """All metrics of ours."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, TopicPartition
-from kafka.admin import KafkaAdminClient, NewTopic
 from opentelemetry import baggage, context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
@@ -34,9 +33,7 @@ def linked(span: ReadableSpan) -> list[int]:
 
 @pytest.fixture
 def two_partitions(clients: Clients) -> Clients:
-    admin = KafkaAdminClient(bootstrap_servers=clients.address)
-    admin.create_topics([NewTopic(clients.topic, 2, 1)])
-    admin.close()
+    clients.create_topic(2)
     return clients
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import wrapt
 from kafka import KafkaConsumer, KafkaProducer
+from kafka.coordinator.consumer import ConsumerCoordinator
+from kafka.producer.future import FutureRecordMetadata
 
 from clients import Clients
 from conftest import Instrument
@@ -42,11 +44,18 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 def test_uninstrumented_the_classes_are_as_they_were(instrument: Instrument) -> None:
-    before = methods()
-    instrument()
-    assert all(a is not b for a, b in zip(methods(), before, strict=True))
+    def attributes() -> list[dict[str, Any]]:
+        classes = {owner for owner, _ in PATCHED}
+        classes |= {ConsumerCoordinator, FutureRecordMetadata}
+        return [dict(vars(each)) for each in sorted(classes, key=lambda c: c.__name__)]
+
+    before = methods(), attributes()
+    instrument(commit_spans="all", next_process_spans=True)
+    assert all(a is not b for a, b in zip(methods(), before[0], strict=True))
+    assert all(a != b for a, b in zip(attributes(), before[1], strict=True))
     KafkaPythonInstrumentor().uninstrument()
-    assert all(a is b for a, b in zip(methods(), before, strict=True))
+    assert all(a is b for a, b in zip(methods(), before[0], strict=True))
+    assert attributes() == before[1]
 
 
 def test_both_are_idempotent(

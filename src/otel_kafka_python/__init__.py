@@ -12,12 +12,14 @@ The modules, from the outside in; each imports only from those below it:
     _patches        the list of what is patched; the only import of wrapt
     _producer       send spans, from the call to the broker's acknowledgement
     _consumer       poll, next and iteration: receive spans
+    _settlement     commits, offsets sent to a transaction, ends of transactions
     _processing     process spans: their parent, their scope, their end
     _messages       what a span says of the messages that it accounts for
     _operation      what operations are made from, and the one way they end
     _propagation    headers in, headers out
     _attributes     pure functions from facts to attributes and span names
-    _metrics        the four metrics
+    _exceptions     where the exceptions that operations fail with are recorded
+    _metrics        the instruments, and whether anyone collects
     _client         kafka-python's insides and what differs between its versions
     _loops          whether a `for` statement is asking for the next record
     _coexistence    what happens beside the contrib package

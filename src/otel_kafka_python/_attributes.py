@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from otel_kafka_python._semconv import (
@@ -11,10 +11,12 @@ from otel_kafka_python._semconv import (
     MESSAGING_CONSUMER_GROUP_NAME,
     MESSAGING_DESTINATION_NAME,
     MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_HEADER_PREFIX,
     MESSAGING_KAFKA_CLUSTER_ID,
     MESSAGING_KAFKA_MESSAGE_KEY,
     MESSAGING_KAFKA_MESSAGE_TOMBSTONE,
     MESSAGING_KAFKA_OFFSET,
+    MESSAGING_MESSAGE_BODY_SIZE,
     MESSAGING_OPERATION_NAME,
     MESSAGING_OPERATION_TYPE,
     MESSAGING_SYSTEM,
@@ -26,6 +28,7 @@ from otel_kafka_python._semconv import (
 
 Attributes = dict[str, Any]
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
@@ -48,7 +51,7 @@ def without_absent(attributes: Mapping[str, Any]) -> Attributes:
 
 def operation_attributes(
     operation: str,
-    operation_type: str,
+    operation_type: str | None,
     topic: str | None,
     partition: int | None,
     group: str | None,
@@ -90,7 +93,7 @@ def partition_id(partition: int | None) -> str | None:
 
 
 def message_attributes(
-    offset: int | None, key: str | None, tombstone: bool
+    offset: int | None, key: str | None = None, tombstone: bool = False
 ) -> Attributes:
     """What belongs to one message: on a span of one, on a link of a batch."""
     attributes: Attributes = {}
@@ -101,6 +104,53 @@ def message_attributes(
     if tombstone:
         attributes[MESSAGING_KAFKA_MESSAGE_TOMBSTONE] = True
     return attributes
+
+
+def body_size(size: object) -> Attributes:
+    """`messaging.message.body.size`, of what is not null."""
+    if isinstance(size, int) and size >= 0:
+        return {MESSAGING_MESSAGE_BODY_SIZE: size}
+    return {}
+
+
+def header_attributes(
+    headers: object, is_captured: Callable[[str], bool]
+) -> Attributes:
+    """`messaging.header.<name>`: the values of a header, always as a list of str.
+
+    Args:
+        headers: A list of `(str, bytes)`. What else an application passes is for
+            kafka-python to refuse.
+        is_captured: Whether a header of this name is asked for.
+    """
+    captured: dict[str, list[str]] = {}
+    for header in headers if isinstance(headers, list) else ():
+        if not isinstance(header, tuple) or len(header) != 2:  # noqa: PLR2004 (a pair)
+            continue
+        name, value = header
+        # A name with no UTF-8 form (lone surrogates) no exporter could encode.
+        if (
+            isinstance(name, str)
+            and isinstance(value, bytes)
+            and is_captured(name)
+            and not _SURROGATES.search(name)
+        ):
+            text = value.decode(errors="replace")
+            captured.setdefault(MESSAGING_HEADER_PREFIX + name, []).append(text)
+    return {**captured}
+
+
+def queue_seconds(timestamp: object, now: int) -> float | None:
+    """How long a record has been in its topic; never negative, whatever the clocks.
+
+    Args:
+        timestamp: The record's, in milliseconds since the epoch; -1 or None if it
+            has none.
+        now: Nanoseconds since the epoch.
+    """
+    if not isinstance(timestamp, int) or timestamp < 0:
+        return None
+    return max(0.0, now / 1e9 - timestamp / 1e3)
 
 
 def message_key(key: object) -> str | None:
@@ -116,7 +166,7 @@ def message_key(key: object) -> str | None:
             return None
         return text if text.isprintable() else None
     if isinstance(key, str):
-        return None if re.search("[\ud800-\udfff]", key) else key
+        return None if _SURROGATES.search(key) else key
     if isinstance(key, int) and not isinstance(key, bool):
         try:
             return str(key)

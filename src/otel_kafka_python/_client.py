@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 _DEFAULT_PORT = 9092
@@ -34,6 +35,26 @@ _KAFKA_ERROR_NAMES = {
     39: "INVALID_REPLICA_ASSIGNMENT",
 }
 _REQUEST_TIMED_OUT = 7
+
+# What a consumer's coordinator commits offsets by, in all versions up to 3.0, and
+# what it reads committed ones by.
+COMMIT_SYNC = "commit_offsets_sync"
+COMMIT_ASYNC = "commit_offsets_async"
+REQUEST_ASYNC = "_do_commit_offsets_async"
+AUTO_COMMIT_SYNC = "_maybe_auto_commit_offsets_sync"
+_AUTO_COMMIT_CALLBACK = "_commit_offsets_async_on_complete"
+_COMMITS = (
+    COMMIT_SYNC,
+    COMMIT_ASYNC,
+    REQUEST_ASYNC,
+    AUTO_COMMIT_SYNC,
+    _AUTO_COMMIT_CALLBACK,
+)
+FETCH_COMMITTED = "fetch_committed_offsets"
+# From 3.0 on these are coroutines, and what is auto-committed before a rebalance goes
+# through no other.
+COMMIT_COROUTINE = "_commit_offsets_sync_async"
+FETCH_COMMITTED_COROUTINE = "fetch_committed_offsets_async"
 
 
 class Server(NamedTuple):
@@ -74,6 +95,8 @@ class Client:
     # Set while a `__next__` of the client runs, whose own `poll` is part of it:
     # "next" for an operation of its own, "iteration" for one step of a loop.
     advancing: str | None = None
+    # The scope of the record that the last `next` has returned, if it lasts.
+    held: Any = None
 
     def refresh(self) -> None:
         """Drop what was derived from metadata that has been refreshed since."""
@@ -113,8 +136,16 @@ class Clients:
             weakref.WeakKeyDictionary()
         )
 
+    def all(self) -> list[Client]:
+        """Those of all clients that are alive."""
+        return list(self._known.values())
+
     def get(self, instance: Any) -> Client:
-        """The facts of a producer or consumer, up to date with its metadata."""
+        """The facts of a client, up to date with its metadata.
+
+        Args:
+            instance: A producer, a consumer, or a consumer's coordinator.
+        """
         client = self._known.get(instance)
         if client is None:
             client = self._known[instance] = _describe(instance)
@@ -128,8 +159,13 @@ def _describe(instance: Any) -> Client:
     config = instance.config
     # The producer has its cluster's metadata, the consumer that of its client.
     cluster = getattr(instance, "_metadata", None)
+    network = getattr(instance, "_client", None)
     if cluster is None:
-        cluster = getattr(getattr(instance, "_client", None), "cluster", None)
+        cluster = getattr(network, "cluster", None)
+    if "bootstrap_servers" not in config:  # a coordinator, which has fewer settings
+        # Since 3.0 the client has a manager that has the settings.
+        manager: Any = getattr(network, "_manager", network)
+        config = {**manager.config, **config}
     return Client(
         client_id=config.get("client_id"),
         group=config.get("group_id"),
@@ -175,12 +211,29 @@ def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return argument(args, kwargs, 2, "update_offsets") is False
 
 
-def when_done(future: Any, callback: Callable[[Any], None]) -> None:
-    """Call back once with the RecordMetadata or the exception of a future.
+@cache
+def _future_class() -> Any:
+    from kafka.future import Future  # noqa: PLC0415 (see the top)
 
-    A future that is done already calls back at once.
+    return Future
+
+
+def record_future_class() -> type:
+    """The class of the futures that `send` returns."""
+    from kafka.producer.future import FutureRecordMetadata  # noqa: PLC0415
+
+    return FutureRecordMetadata  # type: ignore[no-any-return]  # untyped
+
+
+def when_done(future: Any, callback: Callable[[Any], None]) -> None:
+    """Call back once with the result or the exception of a future.
+
+    A future that is done already calls back at once. What stands on the class of
+    `send`'s futures for the application's callbacks is passed by.
     """
-    future.add_both(callback)
+    cls = _future_class()
+    cls.add_callback(future, callback)
+    cls.add_errback(future, callback)
 
 
 def failure_at_once(future: Any) -> BaseException | None:
@@ -189,16 +242,74 @@ def failure_at_once(future: Any) -> BaseException | None:
     return error if isinstance(error, BaseException) else None
 
 
-def pending_partition(future: Any) -> int | None:
-    """The partition that `send` chose, before the broker has acknowledged."""
+def pending(future: Any) -> tuple[int | None, int]:
+    """What is known of a message before the broker has acknowledged it.
+
+    Args:
+        future: What `send` has returned.
+
+    Returns:
+        The partition, and the size of the serialised value in bytes, -1 if it is
+        null.
+    """
     partition = future._produce_future.topic_partition.partition
-    return partition if isinstance(partition, int) else None
-
-
-def is_tombstone(future: Any) -> bool:
-    """Whether the record of a future that has no result has a null value."""
     _, _, _, _, value_size, _ = future.args
-    return bool(value_size == -1)
+    return partition if isinstance(partition, int) else None, value_size
+
+
+def coordinator_class() -> type | None:
+    """The class by which consumers commit, or None if it is not one that is known."""
+    try:
+        from kafka.coordinator.consumer import ConsumerCoordinator  # noqa: PLC0415
+    except ImportError:
+        return None
+    if all(hasattr(ConsumerCoordinator, name) for name in _COMMITS):
+        return ConsumerCoordinator  # type: ignore[no-any-return]  # untyped
+    return None
+
+
+def is_auto_commit(
+    coordinator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call of `commit_offsets_async` is by the client itself."""
+    own = getattr(coordinator, _AUTO_COMMIT_CALLBACK, None)
+    return own is not None and argument(args, kwargs, 1, "callback") == own
+
+
+def coordinator_broker(coordinator: Any) -> Server | None:
+    """The broker that coordinates the group, if it is known."""
+    node = getattr(coordinator, "coordinator_id", None)
+    if node is None:
+        return None
+    broker = coordinator._client.cluster.broker_metadata(node)
+    return Server(broker.host, broker.port) if broker else None
+
+
+def offsets_by_partition(offsets: Any) -> dict[tuple[str, int], int]:
+    """The offsets that are to be committed, by topic and partition.
+
+    Args:
+        offsets: A dict of OffsetAndMetadata by TopicPartition. Of anything else,
+            which kafka-python refuses, there are none.
+    """
+    if not isinstance(offsets, Mapping):
+        return {}
+    try:
+        return {
+            (topic, partition): int(committed.offset)
+            for (topic, partition), committed in offsets.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        return {}
+
+
+def transaction_group(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The group whose offsets `send_offsets_to_transaction` is called with."""
+    group = argument(args, kwargs, 1, "consumer_group_id")
+    if group is None:
+        group = argument(args, kwargs, 1, "group_metadata")
+    group = getattr(group, "group_id", group)  # since 3.0 it may be more than a name
+    return group if isinstance(group, str) else None
 
 
 def error_type(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
+from functools import lru_cache
 from typing import Any
 
 from opentelemetry.trace import Span
@@ -23,6 +24,7 @@ ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
 _VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
 _LINK_LIMIT_VARIABLE = "OTEL_SPAN_LINK_COUNT_LIMIT"
 _DEFAULT_LINK_LIMIT = 128
+_EXCEPTION_SIGNAL_VARIABLE = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,42 @@ class Config:
     receive_spans: bool = True
     process_spans: bool = True
     process_parent: str = "message"
+    commit_spans: str = "manual"
     capture_message_key: bool = True
+    capture_message_size: bool = False
+    capture_headers: tuple[str, ...] = ()
+    capture_queue_time: bool = False
+    next_process_spans: bool = False
     # The SDK keeps the newest links up to its own limit; building more is waste.
     link_limit: int = _DEFAULT_LINK_LIMIT
+    # Whether exceptions are recorded as events of their spans, and as log events.
+    span_exceptions: bool = True
+    log_exceptions: bool = False
 
     def excludes(self, topic: str) -> bool:
         """Whether `topic` matches one of the globs of `excluded_topics`."""
-        return any(
-            re.fullmatch(translate(glob), topic) for glob in self.excluded_topics
-        )
+        return _matches(self.excluded_topics, topic)
+
+    @property
+    def processes_next(self) -> bool:
+        """Whether `next` makes process spans."""
+        return self.next_process_spans and self.process_spans
+
+    def captures(self, header: str) -> bool:
+        """Whether `header` matches a glob of `capture_headers` and none with `!`."""
+        return _captures(self.capture_headers, header)
+
+
+# Asked for each header of each message.
+@lru_cache(maxsize=1024)
+def _captures(globs: tuple[str, ...], header: str) -> bool:
+    excluded = [glob[1:] for glob in globs if glob.startswith("!")]
+    included = [glob for glob in globs if not glob.startswith("!")]
+    return _matches(included, header) and not _matches(excluded, header)
+
+
+def _matches(globs: Iterable[str], name: str) -> bool:
+    return any(re.fullmatch(translate(glob), name) for glob in globs)
 
 
 def load(
@@ -66,7 +95,10 @@ def load(
         warning that names it; nothing is raised.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
-    settings: dict[str, Any] = {"link_limit": _link_limit(environ)}
+    settings: dict[str, Any] = {
+        "link_limit": _link_limit(environ),
+        **_exception_signal(environ),
+    }
     for name, parse in _PARSERS.items():
         variable = _VARIABLE_PREFIX + name.upper()
         if name in given:
@@ -104,10 +136,13 @@ def _boolean(value: object) -> bool:
     raise ValueError("true or false")
 
 
-def _process_parent(value: object) -> str:
-    if isinstance(value, str) and value.strip().lower() in ("message", "none"):
-        return value.strip().lower()
-    raise ValueError("message or none")
+def _one_of(*choices: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if isinstance(value, str) and value.strip().lower() in choices:
+            return value.strip().lower()
+        raise ValueError(" or ".join(choices))
+
+    return parse
 
 
 def _globs(value: object) -> tuple[str, ...]:
@@ -126,6 +161,23 @@ def _link_limit(environ: Mapping[str, str]) -> int:
     return int(value) if value.isdecimal() else _DEFAULT_LINK_LIMIT
 
 
+def _exception_signal(environ: Mapping[str, str]) -> dict[str, bool]:
+    """Where exceptions go (Recording exceptions); `logs/dup` is in both."""
+    value = environ.get(_EXCEPTION_SIGNAL_VARIABLE, "")
+    signals = {signal.strip().lower() for signal in value.split(",")} - {""}
+    if unknown := signals - {"logs", "logs/dup"}:
+        logger.warning(
+            "%s is %r, but should be logs or logs/dup; %s is ignored",
+            _EXCEPTION_SIGNAL_VARIABLE,
+            value,
+            ", ".join(sorted(unknown)),
+        )
+    return {
+        "span_exceptions": "logs/dup" in signals or "logs" not in signals,
+        "log_exceptions": "logs" in signals or "logs/dup" in signals,
+    }
+
+
 _PARSERS: dict[str, Callable[[object], object]] = {
     "produce_hook": _hook,
     "consume_hook": _hook,
@@ -134,6 +186,11 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "send_spans": _boolean,
     "receive_spans": _boolean,
     "process_spans": _boolean,
-    "process_parent": _process_parent,
+    "process_parent": _one_of("message", "none"),
+    "commit_spans": _one_of("manual", "all", "none"),
     "capture_message_key": _boolean,
+    "capture_message_size": _boolean,
+    "capture_headers": _globs,
+    "capture_queue_time": _boolean,
+    "next_process_spans": _boolean,
 }

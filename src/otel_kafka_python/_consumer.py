@@ -19,10 +19,17 @@ from otel_kafka_python._operation import (
     POLL,
     Operation,
     Telemetry,
-    count_messages,
+    count_records,
     end_abandoned,
 )
-from otel_kafka_python._processing import Records, Scope, ScopedIterator, process
+from otel_kafka_python._processing import (
+    Records,
+    Scope,
+    ScopedIterator,
+    hold,
+    process,
+    release,
+)
 from otel_kafka_python._safety import call_hook, report
 
 Wrapped = Callable[..., Any]
@@ -44,6 +51,7 @@ class ConsumerWrappers:
 
     def poll(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.poll` ("Receive" spans)."""
+        self.release(instance)
         client = self._client_to_trace(instance)
         if client is None or client.advancing == "next":
             return wrapped(*args, **kwargs)
@@ -66,6 +74,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__next__` when it is called directly."""
+        self.release(instance)
         client = self._client_to_trace(instance)
         if client is None or client.advancing is not None:
             return wrapped(*args, **kwargs)
@@ -82,6 +91,8 @@ class ConsumerWrappers:
             client.advancing = None
         try:
             self.receive_one(client, started, record, measured=True)
+            if self.telemetry.config.processes_next:
+                hold(self.telemetry, client, record)
         except Exception:
             report("trace the receipt of a record")
         return record
@@ -90,6 +101,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__iter__`."""
+        self.release(instance)
         plain = wrapped(*args, **kwargs)
         if not self.telemetry.active:
             return plain
@@ -98,6 +110,16 @@ class ConsumerWrappers:
         except Exception:
             report("trace an iteration")
             return plain
+
+    def close(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+        """Wrap `KafkaConsumer.close`."""
+        self.release(instance)
+        return wrapped(*args, **kwargs)
+
+    def release(self, consumer: Any) -> None:
+        """Leave the scope of the record that the last `next` has returned."""
+        if self.telemetry.config.processes_next:
+            release(self.telemetry.client(consumer))
 
     def _client_to_trace(self, instance: Any) -> Client | None:
         try:
@@ -182,7 +204,7 @@ class ConsumerWrappers:
         for partition, batch in traced.items():
             of_partition = telemetry.facts(client, POLL, *partition)
             if of_partition is not None:
-                count_messages(of_partition, len(batch), span)
+                count_records(of_partition, batch, span)
             polled[partition] = Records(batch, telemetry, client)
 
     def receive_one(
@@ -211,10 +233,14 @@ class ConsumerWrappers:
                 account.attributes,
                 links=account.links,
             )
-            if span is not None and config.consume_hook is not None:
+            if (
+                span is not None
+                and config.consume_hook is not None
+                and not (measured and config.processes_next)
+            ):
                 call_hook("consume_hook", config.consume_hook, span, record, (), {})
         Operation(facts, span, started).end(ended=ended, measured=measured)
-        count_messages(facts, 1, span)
+        count_records(facts, [record], span)
 
 
 class ConsumerIterator(ScopedIterator):
@@ -250,6 +276,8 @@ class ConsumerIterator(ScopedIterator):
             self._next = plain.__next__
 
     def _advance(self) -> Record:
+        if self._client.held is not None:
+            release(self._client)
         self._started = time.time_ns()
         self._client.advancing = "iteration"
         try:
@@ -282,5 +310,5 @@ class ConsumerIterator(ScopedIterator):
         scope = process(telemetry, client, record)
         facts = telemetry.facts(client, POLL, record.topic, record.partition)
         if facts is not None:
-            count_messages(facts, 1, None if scope is None else scope.span)
+            count_records(facts, [record], None if scope is None else scope.span)
         return scope

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
+from opentelemetry._logs import LoggerProvider
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
 )
@@ -46,6 +47,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         *,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        logger_provider: LoggerProvider | None = None,
         produce_hook: ProduceHook | None = None,
         consume_hook: ConsumeHook | None = None,
         excluded_topics: str | Iterable[str] | None = None,
@@ -54,7 +56,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         receive_spans: bool | None = None,
         process_spans: bool | None = None,
         process_parent: str | None = None,
+        commit_spans: str | None = None,
         capture_message_key: bool | None = None,
+        capture_message_size: bool | None = None,
+        capture_headers: str | Iterable[str] | None = None,
+        capture_queue_time: bool | None = None,
+        next_process_spans: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Trace all producers and consumers, those that live already, too.
@@ -68,6 +75,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         Args:
             tracer_provider: Makes the spans; the global one by default.
             meter_provider: Makes the metrics; the global one by default.
+            logger_provider: Takes exceptions as log events, where
+                `OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` asks for these; the global
+                one by default.
             produce_hook: Called as `produce_hook(span, args, kwargs)` with each
                 send span, after its creation and before the headers are built.
             consume_hook: Called as `consume_hook(span, record, args, kwargs)` once
@@ -82,14 +92,28 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             process_parent: "message": a process span is a child of the message's
                 creation context, unless another span is current; "none": it is the
                 root of a trace of its own and only links. Default: "message".
+            commit_spans: "manual": `commit`, `commit_async` and transactions make
+                spans; "all": so do auto-commits that move an offset; "none": none
+                do. Default: "manual".
             capture_message_key: Whether spans have the key of their message.
                 Default: true.
+            capture_message_size: Whether spans have the size of their message's
+                serialised value, in bytes. Default: false.
+            capture_headers: Globs of the names of headers that spans have as
+                `messaging.header.<name>`, always a list of str; one that begins
+                with `!` excludes. Default: none.
+            capture_queue_time: Whether process spans and a histogram have the time
+                from a record's timestamp until it was handed over. Default: false.
+            next_process_spans: Whether `next(consumer)` makes a process span that
+                is current until the consumer is asked for more or is closed.
+                Default: false.
             **kwargs: `skip_dep_check` and `raise_exception_on_conflict`, as
                 every instrumentor takes them.
         """
         super().instrument(
             tracer_provider=tracer_provider,
             meter_provider=meter_provider,
+            logger_provider=logger_provider,
             produce_hook=produce_hook,
             consume_hook=consume_hook,
             excluded_topics=excluded_topics,
@@ -98,7 +122,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             receive_spans=receive_spans,
             process_spans=process_spans,
             process_parent=process_parent,
+            commit_spans=commit_spans,
             capture_message_key=capture_message_key,
+            capture_message_size=capture_message_size,
+            capture_headers=capture_headers,
+            capture_queue_time=capture_queue_time,
+            next_process_spans=next_process_spans,
             **kwargs,
         )
 
@@ -114,11 +143,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         self,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        logger_provider: LoggerProvider | None = None,
         **settings: Any,
     ) -> None:
         config = _config.load(settings)
         _coexistence.take_over()
-        telemetry = Telemetry(config, tracer_provider, meter_provider)
+        telemetry = Telemetry(config, tracer_provider, meter_provider, logger_provider)
         self._layers = _patches.apply(telemetry)
         self._telemetry = telemetry
         _processing.use(telemetry)
@@ -130,6 +160,8 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
         if self._telemetry is not None:
             self._telemetry.active = False
+            for client in self._telemetry.clients.all():
+                _processing.release(client)
             self._telemetry = None
         _processing.use(None)
         _patches.revert(self._layers)

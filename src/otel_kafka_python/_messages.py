@@ -10,12 +10,18 @@ from opentelemetry.trace import Link, SpanContext
 
 from otel_kafka_python._attributes import (
     Attributes,
+    body_size,
+    header_attributes,
     message_attributes,
     message_key,
     partition_id,
 )
 from otel_kafka_python._config import Config
-from otel_kafka_python._propagation import creation_context, extract
+from otel_kafka_python._propagation import (
+    creation_context,
+    extract,
+    propagated_fields,
+)
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     MESSAGING_BATCH_MESSAGE_COUNT,
@@ -89,10 +95,23 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
 
 
 def _attributes_of(config: Config, record: Record) -> Attributes:
-    return message_attributes(
+    attributes = message_attributes(
         record.offset,
         message_key(record.key) if config.capture_message_key else None,
         record.serialized_value_size == -1,
+    )
+    if config.capture_message_size:
+        attributes.update(body_size(record.serialized_value_size))
+    if config.capture_headers:
+        attributes.update(captured_headers(config, record.headers))
+    return attributes
+
+
+def captured_headers(config: Config, headers: Any) -> Attributes:
+    """What `capture_headers` asks for; the propagators' own fields never."""
+    fields = propagated_fields()
+    return header_attributes(
+        headers, lambda name: name not in fields and config.captures(name)
     )
 
 

@@ -1,4 +1,4 @@
-"""The four metrics of the convention, and whether anyone collects them."""
+"""The instruments, and whether anyone collects what they measure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from opentelemetry.metrics import (
 
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,
+    KAFKA_RECORD_QUEUE_TIME,
     MESSAGING_CLIENT_CONSUMED_MESSAGES,
     MESSAGING_CLIENT_OPERATION_DURATION,
     MESSAGING_CLIENT_SENT_MESSAGES,
     MESSAGING_PROCESS_DURATION,
+    QUEUE_TIME_BUCKETS,
     SCHEMA_URL,
 )
 from otel_kafka_python.package import __version__
@@ -31,6 +33,7 @@ class Instruments:
     process_duration: Histogram
     sent_messages: Counter
     consumed_messages: Counter
+    queue_time: Histogram
 
 
 class Metrics:
@@ -90,5 +93,11 @@ def _create_instruments(meter: Meter) -> Instruments:
             MESSAGING_CLIENT_CONSUMED_MESSAGES,
             "{message}",
             "Number of messages that were delivered to the application.",
+        ),
+        queue_time=meter.create_histogram(
+            KAFKA_RECORD_QUEUE_TIME,
+            "s",
+            "Time from a record's timestamp until it was handed to the application.",
+            explicit_bucket_boundaries_advisory=QUEUE_TIME_BUCKETS,
         ),
     )

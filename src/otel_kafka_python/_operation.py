@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from opentelemetry import trace
+from opentelemetry._logs import LoggerProvider
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.metrics import Counter, Histogram, MeterProvider
@@ -38,14 +39,18 @@ from otel_kafka_python._attributes import (
     operation_attributes,
     partition_id,
     peer_attributes,
+    queue_seconds,
     span_name,
 )
 from otel_kafka_python._client import Client, Clients
 from otel_kafka_python._config import Config
+from otel_kafka_python._exceptions import Exceptions
 from otel_kafka_python._metrics import Metrics
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
+    MESSAGING_CONSUMER_GROUP_NAME,
+    MESSAGING_DESTINATION_NAME,
     MESSAGING_DESTINATION_PARTITION_ID,
     MESSAGING_OPERATION_TYPE,
     OUTCOME_UNKNOWN,
@@ -58,12 +63,20 @@ class Kind(NamedTuple):
     """A kind of operation: `messaging.operation.name` and `.type` (Operation types)."""
 
     name: str
-    type: str
+    type: str | None  # None of what the convention has no type for
 
 
 SEND = Kind("send", "send")
 POLL = Kind("poll", "receive")
 PROCESS = Kind("process", "process")
+COMMIT = Kind("commit", "settle")
+
+
+_QUEUE_TIME_ATTRIBUTES = (
+    MESSAGING_DESTINATION_NAME,
+    MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_CONSUMER_GROUP_NAME,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,10 @@ class Facts:
     counted: Attributes  # of the messages
     duration: Histogram | None
     messages: Counter | None
+    exceptions: Exceptions
+    # Of its exceptions: the type of the operation, or what comes nearest to it.
+    event_type: str
+    queue_time: Histogram | None = None
     by_partition: dict[int, tuple[Attributes, Attributes]] = field(default_factory=dict)
 
     def metric_attributes(self, partition: int | None) -> tuple[Attributes, Attributes]:
@@ -98,6 +115,7 @@ class Telemetry:
         config: The settings.
         tracer_provider: The tracer provider; the global one if None.
         meter_provider: The meter provider; the global one if None.
+        logger_provider: The logger provider; the global one if None.
     """
 
     def __init__(
@@ -105,11 +123,13 @@ class Telemetry:
         config: Config,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        logger_provider: LoggerProvider | None = None,
     ) -> None:
         self.config = config
         self.clients = Clients()
         self.active = True
         self._metrics = Metrics(meter_provider)
+        self._exceptions = Exceptions(config, logger_provider)
         self._tracer = trace.get_tracer(
             "otel_kafka_python", __version__, tracer_provider, SCHEMA_URL
         )
@@ -119,7 +139,7 @@ class Telemetry:
         return self.active and is_instrumentation_enabled()
 
     def client(self, instance: object) -> Client:
-        """The facts of a producer or consumer, or empty ones if they fail us."""
+        """The facts of a producer, consumer or coordinator; empty if they fail us."""
         try:
             client = self.clients.get(instance)
             if not client.derived:
@@ -165,7 +185,10 @@ class Telemetry:
     def _build_facts(
         self, client: Client, kind: Kind, topic: str | None, partition: int | None
     ) -> Facts:
-        leader = None if topic is None else client.leader(topic, partition)
+        # Offsets go to the group's coordinator, which is no partition's leader.
+        leader = None
+        if topic is not None and kind is not COMMIT:
+            leader = client.leader(topic, partition)
         server = leader or client.bootstrap
         measured = operation_attributes(
             kind.name, kind.type, topic, partition, client.group, server
@@ -177,13 +200,13 @@ class Telemetry:
         }
         if kind is POLL and leader is not None and leader.is_ip:
             attributes.update(peer_attributes(leader))
-        duration = messages = None
+        duration = messages = queue_time = None
         try:
             instruments = self._metrics.instruments()
         except Exception:
             report("create the instruments")
             instruments = None
-        if instruments is not None:
+        if instruments is not None and kind.type:
             duration = instruments.operation_duration
             if kind is PROCESS:
                 duration, measured = instruments.process_duration, counted
@@ -191,6 +214,8 @@ class Telemetry:
                 SEND: instruments.sent_messages,
                 POLL: instruments.consumed_messages,
             }.get(kind)
+            if kind is POLL and self.config.capture_queue_time:
+                queue_time = instruments.queue_time
         return Facts(
             topic,
             span_name(kind.name, topic),
@@ -199,6 +224,9 @@ class Telemetry:
             counted,
             duration,
             messages,
+            self._exceptions,
+            kind.type or "settle",
+            queue_time,
         )
 
     def start_span(
@@ -278,12 +306,14 @@ class Operation:
                 OUTCOME_UNKNOWN if error is None else _client.error_type(error)
             )
             span = self.span
-            if span is None or not span.is_recording():
+            if span is None:
                 return
-            span.set_attribute(ERROR_TYPE, self.error_type)
-            span.set_status(Status(StatusCode.ERROR, _message(error)))
+            if span.is_recording():
+                span.set_attribute(ERROR_TYPE, self.error_type)
+                span.set_status(Status(StatusCode.ERROR, _message(error)))
             if error is not None:
-                span.record_exception(error)
+                facts = self.facts
+                facts.exceptions.record(span, facts.event_type, error)
         except Exception:
             report("record an error")
 
@@ -358,6 +388,73 @@ class Operation:
         self.end(ended=ended)
 
 
+class Answered(Operation):
+    """An operation that the broker's answer ends; it is the callback of a future.
+
+    Args:
+        facts: What was known of it in advance.
+        span: Its span, or None if it is only measured.
+        started: When it started, in nanoseconds since the epoch.
+    """
+
+    __slots__ = ()
+
+    def raised(self, error: BaseException) -> None:
+        """End it with what the call raised: nothing was handed to the client."""
+        self.fail(error)
+        self.end()
+
+    def __call__(self, outcome: Any) -> None:
+        """Receive the result or the exception of the future, on any thread."""
+        ended = time.time_ns()
+        try:
+            if isinstance(outcome, BaseException):
+                self._failed(outcome, ended)
+            else:
+                self._succeeded(outcome, ended)
+        except Exception:
+            report("end an operation with its answer")
+        except BaseException:
+            report("end an operation with its answer")
+            # It would end kafka-python's sender thread. On the main thread it is
+            # the user's, who wants to end the application.
+            if threading.get_ident() == threading.main_thread().ident:
+                raise
+
+    def _succeeded(self, result: Any, ended: int) -> None:
+        raise NotImplementedError
+
+    def _failed(self, error: BaseException, ended: int) -> None:
+        raise NotImplementedError
+
+    def _finish(
+        self,
+        attributes: Attributes,
+        ended: int | None,
+        partition: int | None = None,
+        messages: int = 0,
+    ) -> None:
+        """End it; the caller has the claim to."""
+        self.end(
+            attributes,
+            ended=ended,
+            partition=partition,
+            messages=messages,
+            claimed=True,
+        )
+        # Up to 2.1 a future keeps its callbacks, and the application may keep it.
+        self.span = None
+
+    def abandon(self, ended: int) -> None:
+        """End it without knowing what the broker would have answered."""
+        if self.claim():
+            self.fail(None)
+            self._finish({}, ended)
+
+    def __del__(self) -> None:
+        leave_behind(self)
+
+
 def _message(error: BaseException | None) -> str:
     """The description of a status."""
     if error is None:
@@ -368,13 +465,33 @@ def _message(error: BaseException | None) -> str:
         return type(error).__qualname__
 
 
-def count_messages(facts: Facts, messages: int, span: Span | None = None) -> None:
-    """Count messages that were handed over without an operation of their own."""
+def count_records(
+    facts: Facts, records: Sequence[Any], span: Span | None = None
+) -> None:
+    """Count records of a topic and partition that are handed to the application.
+
+    Args:
+        facts: What is known of polls of the topic and partition.
+        records: The records.
+        span: The span that accounts for them, if there is one.
+    """
     if facts.messages is None:
         return
     try:
         context = None if span is None else set_span_in_context(span)
-        facts.messages.add(messages, facts.counted, context)
+        facts.messages.add(len(records), facts.counted, context)
+        if facts.queue_time is None:
+            return
+        now = time.time_ns()
+        attributes = {
+            name: facts.counted[name]
+            for name in _QUEUE_TIME_ATTRIBUTES
+            if name in facts.counted
+        }
+        for record in records:
+            seconds = queue_seconds(record.timestamp, now)
+            if seconds is not None:
+                facts.queue_time.record(seconds, attributes, context)
     except Exception:
         report("record a metric")
 

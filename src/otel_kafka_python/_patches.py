@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import wrapt
 
+from otel_kafka_python import _client
 from otel_kafka_python._consumer import ConsumerWrappers
 from otel_kafka_python._operation import Telemetry
 from otel_kafka_python._producer import ProducerWrappers
+from otel_kafka_python._settlement import SettlementWrappers, TransactionWrappers
+
+Wrapper = Callable[..., Any]
 
 # The base of all of wrapt's proxies; before wrapt 2 it had another name.
 _PROXY: Any = getattr(wrapt, "BaseObjectProxy", wrapt.ObjectProxy)
@@ -21,6 +26,7 @@ class Layer(NamedTuple):
     owner: type
     method: str
     wrapper: Any
+    is_own: bool  # rather than inherited
 
 
 def apply(telemetry: Telemetry) -> list[Layer]:
@@ -34,29 +40,66 @@ def apply(telemetry: Telemetry) -> list[Layer]:
     Returns:
         The layers that were put on, to be reverted.
     """
-    from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (may be missing)
-
-    producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
     layers: list[Layer] = []
     try:
-        for owner, method, wrapper in (
-            (KafkaProducer, "send", producer.send),
-            (KafkaConsumer, "poll", consumer.poll),
-            (KafkaConsumer, "__iter__", consumer.iterate),
-            (KafkaConsumer, "__next__", consumer.advance),
-        ):
+        for owner, method, wrapper in _targets(telemetry):
             layers.append(_wrap(owner, method, wrapper))
     except Exception:
         revert(layers)
         raise
-    consumer.next_layer = layers[-1].wrapper
     return layers
 
 
-def _wrap(owner: type, method: str, wrapper: Callable[..., Any]) -> Layer:
-    layer = wrapt.FunctionWrapper(vars(owner)[method], wrapper)
+def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
+    """What is patched, and by which wrapper."""
+    from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (may be missing)
+
+    producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
+    yield KafkaProducer, "send", producer.send
+    futures = _client.record_future_class()
+    yield futures, "add_callback", producer.add_callback
+    yield futures, "add_errback", producer.add_callback
+
+    yield KafkaConsumer, "poll", consumer.poll
+    yield KafkaConsumer, "__iter__", consumer.iterate
+    yield KafkaConsumer, "__next__", consumer.advance
+    # It stands there now: whoever takes what is yielded puts it on at once.
+    consumer.next_layer = vars(KafkaConsumer)["__next__"]
+    if telemetry.config.processes_next:
+        yield KafkaConsumer, "close", consumer.close
+
+    settlement = SettlementWrappers(telemetry)
+    coordinator = _client.coordinator_class()
+    if coordinator is None:
+        yield KafkaConsumer, "commit", settlement.commit_sync
+        yield KafkaConsumer, "commit_async", settlement.commit_async
+    else:
+        yield coordinator, _client.COMMIT_SYNC, settlement.commit_sync
+        yield coordinator, _client.COMMIT_ASYNC, settlement.commit_async
+        yield coordinator, _client.REQUEST_ASYNC, settlement.request_async
+        yield coordinator, _client.AUTO_COMMIT_SYNC, settlement.auto_commit_sync
+    if coordinator is not None and telemetry.config.commit_spans == "all":
+        for method, wrapper in (
+            (_client.FETCH_COMMITTED, settlement.fetch_committed),
+            (_client.FETCH_COMMITTED_COROUTINE, settlement.fetch_committed_coroutine),
+            (_client.COMMIT_COROUTINE, settlement.commit_coroutine),
+        ):
+            if hasattr(coordinator, method):
+                yield coordinator, method, wrapper
+
+    transactions = TransactionWrappers(telemetry)
+    for method in TransactionWrappers.METHODS:
+        if hasattr(KafkaProducer, method):
+            yield KafkaProducer, method, partial(transactions.call, method)
+
+
+def _wrap(owner: type, method: str, wrapper: Wrapper) -> Layer:
+    is_own = method in vars(owner)
+    layer = wrapt.FunctionWrapper(
+        vars(owner)[method] if is_own else getattr(owner, method), wrapper
+    )
     setattr(owner, method, layer)
-    return Layer(owner, method, layer)
+    return Layer(owner, method, layer, is_own)
 
 
 def revert(layers: list[Layer]) -> None:
@@ -75,7 +118,10 @@ def revert(layers: list[Layer]) -> None:
         bound = isinstance(outermost, wrapt.BoundFunctionWrapper)
         unbound = outermost._self_parent if bound else outermost
         if unbound is layer.wrapper:
-            setattr(layer.owner, layer.method, layer.wrapper.__wrapped__)
+            if layer.is_own:
+                setattr(layer.owner, layer.method, layer.wrapper.__wrapped__)
+            else:
+                delattr(layer.owner, layer.method)
             continue
         above: Any = outermost
         while isinstance(above, _PROXY):

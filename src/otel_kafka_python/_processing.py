@@ -27,6 +27,7 @@ from opentelemetry.trace import (
 )
 
 from otel_kafka_python import _config
+from otel_kafka_python._attributes import Attributes, queue_seconds
 from otel_kafka_python._client import Client
 from otel_kafka_python._loops import Asker, asker_at, is_loop
 from otel_kafka_python._messages import (
@@ -46,6 +47,7 @@ from otel_kafka_python._operation import (
     leave_behind,
 )
 from otel_kafka_python._safety import call_hook, report
+from otel_kafka_python._semconv import KAFKA_RECORD_QUEUE_TIME_MS
 
 # The innermost scope of this context. It is set beside every `attach` and reset
 # first, because it refuses the token of another context in silence, where
@@ -340,6 +342,8 @@ def open_scope(
         scope.enter(base, None)
         return scope
     account = account_for(config, records, batch=batch)
+    if config.capture_queue_time and not batch:
+        account.attributes.update(_queue_time(records[0], started))
     context = parent = Context({**base, **account.context})
     ambient = get_current_span(base)
     if config.process_parent == "none":
@@ -369,6 +373,11 @@ def open_scope(
             scope.close()
             raise
     return scope
+
+
+def _queue_time(record: Record, started: int) -> Attributes:
+    seconds = queue_seconds(record.timestamp, started)
+    return {} if seconds is None else {KAFKA_RECORD_QUEUE_TIME_MS: round(seconds * 1e3)}
 
 
 class ScopedIterator:
@@ -511,6 +520,44 @@ def process(telemetry: Telemetry, client: Client, record: Record) -> Scope | Non
     if _scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, [record], batch=False)
+
+
+class Held:
+    """A scope that lasts until its consumer is asked for more, or is closed.
+
+    Args:
+        scope: The scope of the record that `next` has returned.
+    """
+
+    __slots__ = ("_scope",)
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope: Scope | None = scope
+
+    def close(self) -> None:
+        """Close the scope, if nobody has."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.close()
+
+    def __del__(self) -> None:
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.drop(collected=is_collecting())
+
+
+def hold(telemetry: Telemetry, client: Client, record: Record) -> None:
+    """Enter the processing of a record that `next` returns, as `next_process_spans`."""
+    scope = process(telemetry, client, record)
+    if scope is not None:
+        client.held = Held(scope)
+
+
+def release(client: Client) -> None:
+    """Leave what `hold` has entered."""
+    held, client.held = client.held, None
+    if held is not None:
+        held.close()
 
 
 # The one that `instrument()` has set up, or the global providers' where nothing

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opentelemetry.context import Context, get_current
+from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.trace import (
     Link,
     Span,
@@ -20,6 +19,7 @@ from opentelemetry.trace import (
 from otel_kafka_python import _client
 from otel_kafka_python._attributes import (
     Attributes,
+    body_size,
     client_attributes,
     message_attributes,
     message_key,
@@ -28,13 +28,13 @@ from otel_kafka_python._attributes import (
     without_absent,
 )
 from otel_kafka_python._client import Client
+from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
+    Answered,
     Facts,
-    Operation,
     Telemetry,
     end_abandoned,
-    leave_behind,
 )
 from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class Delivery(Operation):
+class Delivery(Answered):
     """A message on its way to the broker; it is the callback of its future.
 
     Args:
@@ -67,21 +67,30 @@ class Delivery(Operation):
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
         client: The producer.
+        sized: Whether the span says how large the message's value is.
     """
 
-    __slots__ = ("_client", "_partition")
+    __slots__ = ("_client", "_partition", "_size", "_sized")
 
     def __init__(
-        self, facts: Facts, span: Span | None, started: int, client: Client
+        self,
+        facts: Facts,
+        span: Span | None,
+        started: int,
+        client: Client,
+        *,
+        sized: bool,
     ) -> None:
         super().__init__(facts, span, started)
         self._client = client
         self._partition: int | None = None
+        self._size: int | None = None
+        self._sized = sized
 
     def follow(self, future: Any) -> None:
         """Wait for the outcome; it may be there already."""
         try:
-            self._partition = _client.pending_partition(future)
+            self._partition, self._size = _client.pending(future)
             error = _client.failure_at_once(future)
             if error is None:
                 _client.when_done(future, self)
@@ -91,42 +100,22 @@ class Delivery(Operation):
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
             if self.claim():
-                self._finish({}, None, None)
+                self._finish({}, None, None, 1)
 
-    def raised(self, error: BaseException) -> None:
-        """End it with what `send` raised: nothing was handed to the client."""
-        self.fail(error)
-        self.end()
-
-    def __call__(self, outcome: Any) -> None:
-        """Receive the RecordMetadata or the exception, on any thread."""
-        ended = time.time_ns()
-        try:
-            if isinstance(outcome, BaseException):
-                self._failed(outcome, ended, at_once=False)
-            else:
-                self._acknowledged(outcome, ended)
-        except Exception:
-            report("end a send span")
-        except BaseException:
-            report("end a send span")
-            # It would end kafka-python's sender thread. On the main thread it is
-            # the user's, who wants to end the application.
-            if threading.get_ident() == threading.main_thread().ident:
-                raise
-
-    def _acknowledged(self, metadata: Any, ended: int) -> None:
+    def _succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
         attributes = {
             **self._answer_attributes(partition),
-            **message_attributes(
-                metadata.offset, None, metadata.serialized_value_size == -1
-            ),
+            **message_attributes(metadata.offset, None, self._size == -1),
         }
+        if self._sized:
+            attributes.update(body_size(self._size))
         if self.claim():
-            self._finish(attributes, ended, partition)
+            self._finish(attributes, ended, partition, 1)
 
-    def _failed(self, error: BaseException, ended: int, *, at_once: bool) -> None:
+    def _failed(
+        self, error: BaseException, ended: int, *, at_once: bool = False
+    ) -> None:
         if not self.claim():
             return
         self.fail(error)
@@ -137,14 +126,10 @@ class Delivery(Operation):
             attributes = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
         else:
             attributes = self._answer_attributes(partition)
-        self._finish(attributes, ended, partition)
-
-    def _finish(
-        self, attributes: Attributes, ended: int | None, partition: int | None
-    ) -> None:
-        self.end(attributes, ended=ended, partition=partition, messages=1, claimed=True)
-        # Up to 2.1 the future keeps its callbacks, and the application may keep it.
-        self.span = None
+        attributes = {**attributes, **message_attributes(None, None, self._size == -1)}
+        if self._sized:
+            attributes.update(body_size(self._size))
+        self._finish(attributes, ended, partition, 1)
 
     def _answer_attributes(self, partition: int) -> Attributes:
         """What the answer of a partition's leader tells."""
@@ -171,10 +156,24 @@ class Delivery(Operation):
         """End it without knowing whether the message has arrived."""
         if self.claim():
             self.fail(None)
-            self._finish({}, ended, self._partition)
+            self._finish({}, ended, self._partition, 1)
 
-    def __del__(self) -> None:
-        leave_behind(self)
+
+class _InContext:
+    """A callback of the application's, and the context that it was added in."""
+
+    __slots__ = ("_callback", "_context")
+
+    def __init__(self, callback: Any) -> None:
+        self._callback = callback
+        self._context = get_current()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = attach(self._context)
+        try:
+            return self._callback(*args, **kwargs)
+        finally:
+            detach(token)
 
 
 class ProducerWrappers:
@@ -212,6 +211,25 @@ class ProducerWrappers:
             delivery.follow(future)
         return future
 
+    def add_callback(
+        self,
+        wrapped: Callable[..., Any],
+        instance: Any,  # noqa: ARG002 (as wrapt calls it)
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Wrap the future's `add_callback` and `add_errback`; `add_both` calls these.
+
+        What the application adds runs with the context that is current now, on
+        whichever thread.
+        """
+        if self._telemetry.active:
+            if args:
+                args = (_InContext(args[0]), *args[1:])
+            elif "f" in kwargs:
+                kwargs = {**kwargs, "f": _InContext(kwargs["f"])}
+        return wrapped(*args, **kwargs)
+
     def _prepare(
         self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Prepared:
@@ -242,18 +260,22 @@ class ProducerWrappers:
         span = None
         if config.send_spans:
             key = _client.argument(args, kwargs, 2, "key")
+            attributes = message_attributes(
+                None, message_key(key) if config.capture_message_key else None
+            )
+            if config.capture_headers:
+                headers = _client.argument(args, kwargs, _HEADERS, "headers")
+                attributes.update(captured_headers(config, headers))
             span = telemetry.start_span(
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                message_attributes(
-                    None,
-                    message_key(key) if config.capture_message_key else None,
-                    False,
-                ),
+                attributes,
                 links=[] if kept is None else [Link(kept)],
             )
-        delivery = Delivery(facts, span, started, client)
+        delivery = Delivery(
+            facts, span, started, client, sized=config.capture_message_size
+        )
         if span is not None and config.produce_hook is not None:
             try:
                 call_hook("produce_hook", config.produce_hook, span, args, kwargs)

@@ -60,14 +60,14 @@ def creation_context(context: Context) -> SpanContext | None:
 
 def has_propagators() -> bool:
     """Whether any propagator is configured that writes headers."""
-    return bool(_fields())
+    return bool(propagated_fields())
 
 
 def may_carry_context(headers: Any) -> bool:
     """Whether the headers of a send are a list with a field of a propagator."""
     if not headers or not isinstance(headers, list):
         return False
-    fields = _fields()
+    fields = propagated_fields()
     return any(_name(header) in fields for header in headers)
 
 
@@ -93,7 +93,7 @@ def inject(headers: Any, context: Context) -> Any:
     if not headers:
         kept = []
     else:
-        stale = _fields() | carrier.keys()
+        stale = propagated_fields() | carrier.keys()
         kept = [header for header in headers if _name(header) not in stale]
     if headers is None or type(headers) is list:
         return kept + written
@@ -115,7 +115,7 @@ def _name(header: Any) -> str | None:
 _known_fields: tuple[TextMapPropagator | None, frozenset[str]] = (None, frozenset())
 
 
-def _fields() -> frozenset[str]:
+def propagated_fields() -> frozenset[str]:
     """The fields of the configured propagators, kept because they are slow to ask."""
     global _known_fields  # noqa: PLW0603 (a cache of one entry)
     propagator = propagate.get_global_textmap()

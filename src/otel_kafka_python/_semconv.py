@@ -9,6 +9,11 @@ they stand here; a test holds every one against the facts of the release.
 from typing import Final
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.semconv.attributes.exception_attributes import (
+    EXCEPTION_MESSAGE,
+    EXCEPTION_STACKTRACE,
+    EXCEPTION_TYPE,
+)
 from opentelemetry.semconv.attributes.network_attributes import (
     NETWORK_PEER_ADDRESS,
     NETWORK_PEER_PORT,
@@ -21,6 +26,11 @@ from opentelemetry.semconv.attributes.server_attributes import (
 __all__ = [
     "DURATION_BUCKETS",
     "ERROR_TYPE",
+    "EXCEPTION_MESSAGE",
+    "EXCEPTION_STACKTRACE",
+    "EXCEPTION_TYPE",
+    "KAFKA_RECORD_QUEUE_TIME",
+    "KAFKA_RECORD_QUEUE_TIME_MS",
     "MESSAGING_BATCH_MESSAGE_COUNT",
     "MESSAGING_CLIENT_CONSUMED_MESSAGES",
     "MESSAGING_CLIENT_ID",
@@ -29,10 +39,12 @@ __all__ = [
     "MESSAGING_CONSUMER_GROUP_NAME",
     "MESSAGING_DESTINATION_NAME",
     "MESSAGING_DESTINATION_PARTITION_ID",
+    "MESSAGING_HEADER_PREFIX",
     "MESSAGING_KAFKA_CLUSTER_ID",
     "MESSAGING_KAFKA_MESSAGE_KEY",
     "MESSAGING_KAFKA_MESSAGE_TOMBSTONE",
     "MESSAGING_KAFKA_OFFSET",
+    "MESSAGING_MESSAGE_BODY_SIZE",
     "MESSAGING_OPERATION_NAME",
     "MESSAGING_OPERATION_TYPE",
     "MESSAGING_PROCESS_DURATION",
@@ -40,6 +52,7 @@ __all__ = [
     "NETWORK_PEER_ADDRESS",
     "NETWORK_PEER_PORT",
     "OUTCOME_UNKNOWN",
+    "QUEUE_TIME_BUCKETS",
     "SCHEMA_URL",
     "SERVER_ADDRESS",
     "SERVER_PORT",
@@ -56,6 +69,7 @@ MESSAGING_KAFKA_CLUSTER_ID: Final = "messaging.kafka.cluster.id"
 MESSAGING_KAFKA_MESSAGE_KEY: Final = "messaging.kafka.message.key"
 MESSAGING_KAFKA_MESSAGE_TOMBSTONE: Final = "messaging.kafka.message.tombstone"
 MESSAGING_KAFKA_OFFSET: Final = "messaging.kafka.offset"
+MESSAGING_MESSAGE_BODY_SIZE: Final = "messaging.message.body.size"
 MESSAGING_OPERATION_NAME: Final = "messaging.operation.name"
 MESSAGING_OPERATION_TYPE: Final = "messaging.operation.type"
 MESSAGING_SYSTEM: Final = "messaging.system"
@@ -68,6 +82,17 @@ MESSAGING_PROCESS_DURATION: Final = "messaging.process.duration"
 # The advised boundaries of both histograms, in seconds.
 DURATION_BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)  # fmt: skip
+
+# Outside the convention, with the names that the Java agent has for them.
+MESSAGING_HEADER_PREFIX: Final = "messaging.header."
+KAFKA_RECORD_QUEUE_TIME_MS: Final = "kafka.record.queue_time_ms"
+
+# Our own, named after it; a queue can be from milliseconds to days behind.
+KAFKA_RECORD_QUEUE_TIME: Final = "kafka.record.queue_time"
+QUEUE_TIME_BUCKETS: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0, 300.0, 1800.0, 7200.0, 43200.0, 86400.0,
 )  # fmt: skip
 
 # Our own value of `error.type`: the future was dropped, or the interpreter left,

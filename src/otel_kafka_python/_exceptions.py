@@ -1,0 +1,76 @@
+"""Where the exceptions that operations fail with are recorded.
+
+They are events of their spans, as people expect, and log events where
+`OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` asks for them.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+
+from opentelemetry._logs import LoggerProvider, LogRecord, SeverityNumber, get_logger
+from opentelemetry.trace import Span, set_span_in_context
+
+from otel_kafka_python._config import Config
+from otel_kafka_python._semconv import (
+    EXCEPTION_MESSAGE,
+    EXCEPTION_STACKTRACE,
+    EXCEPTION_TYPE,
+    SCHEMA_URL,
+)
+from otel_kafka_python.package import __version__
+
+
+class Exceptions:
+    """Records exceptions (Recording exceptions).
+
+    Args:
+        config: The settings.
+        provider: The logger provider; the global one if None.
+    """
+
+    def __init__(self, config: Config, provider: LoggerProvider | None) -> None:
+        self._on_spans = config.span_exceptions
+        self._logger = None
+        if config.log_exceptions:
+            self._logger = get_logger(
+                "otel_kafka_python", __version__, provider, SCHEMA_URL
+            )
+
+    def record(self, span: Span, operation_type: str, error: BaseException) -> None:
+        """Record what an operation failed with.
+
+        Args:
+            span: Its span, which need not be sampled.
+            operation_type: Its `messaging.operation.type`.
+            error: The exception.
+        """
+        if self._on_spans and span.is_recording():
+            span.record_exception(error)
+        if self._logger is None:
+            return
+        is_process = operation_type == "process"
+        severity = SeverityNumber.ERROR if is_process else SeverityNumber.WARN
+        now = time.time_ns()
+        self._logger.emit(
+            LogRecord(
+                timestamp=now,
+                observed_timestamp=now,
+                context=set_span_in_context(span),
+                severity_text=severity.name,
+                severity_number=severity,
+                event_name=f"messaging.{operation_type}.exception",
+                attributes={
+                    EXCEPTION_TYPE: _qualified_name(type(error)),
+                    EXCEPTION_MESSAGE: str(error),
+                    EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
+                },
+            )
+        )
+
+
+def _qualified_name(cls: type[BaseException]) -> str:
+    if cls.__module__ == "builtins":
+        return cls.__qualname__
+    return f"{cls.__module__}.{cls.__qualname__}"

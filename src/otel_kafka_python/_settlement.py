@@ -1,0 +1,383 @@
+"""Settlement: commits, offsets sent to a transaction, ends of transactions.
+
+Consumers commit in many ways: by `commit` and `commit_async`, on the way of a poll,
+before a rebalance, at `close`. All of them meet in the consumer's coordinator, which
+is what is wrapped: one span for each commit, whatever way it took.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from opentelemetry.trace import Span, SpanKind
+
+from otel_kafka_python import _client
+from otel_kafka_python._attributes import (
+    Attributes,
+    message_attributes,
+    peer_attributes,
+)
+from otel_kafka_python._operation import (
+    COMMIT,
+    Answered,
+    Facts,
+    Kind,
+    Operation,
+    Telemetry,
+    end_abandoned,
+)
+from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import MESSAGING_CONSUMER_GROUP_NAME
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Offsets = dict[tuple[str, int], int]
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of the commits of one consumer."""
+
+    # What the broker has, as far as this consumer has read or committed it.
+    committed: Offsets = field(default_factory=dict)
+    # Those whose request has not been made: the coordinator is still looked up, on
+    # another thread perhaps, and the request is made there.
+    waiting: list[tuple[Any, Settlement]] = field(default_factory=list)
+    # While it commits and waits: the offsets, and whether nobody asked it to.
+    in_sync: Any = None
+    is_auto: bool = False
+
+    def take(self, offsets: Any) -> Settlement | None:
+        """The first that waits with these very offsets; it waits no longer."""
+        for entry in self.waiting:
+            if entry[0] is offsets:
+                self.waiting.remove(entry)
+                return entry[1]
+        return None
+
+
+class Settlement(Answered):
+    """A commit, until the coordinator's answer.
+
+    Args:
+        facts: What was known of it in advance.
+        span: Its span, or None if it is only measured.
+        started: When it started, in nanoseconds since the epoch.
+        coordinator: The coordinator of the consumer.
+        state: The state of the consumer's commits.
+        offsets: What is committed.
+    """
+
+    __slots__ = ("_coordinator", "_offsets", "_state")
+
+    def __init__(
+        self,
+        facts: Facts,
+        span: Span | None,
+        started: int,
+        coordinator: Any,
+        state: _State,
+        offsets: Offsets,
+    ) -> None:
+        super().__init__(facts, span, started)
+        self._coordinator = weakref.ref(coordinator)
+        self._state = state
+        self._offsets = offsets
+        state.committed.update(offsets)
+
+    def follow(self, future: Any) -> None:
+        """Wait for the answer."""
+        try:
+            _client.when_done(future, self)
+        except Exception:
+            report("follow a commit")
+            self.end()
+
+    def fail(self, error: BaseException | None) -> None:
+        """Record why it fails: what the broker has now is not known."""
+        for partition in self._offsets:
+            self._state.committed.pop(partition, None)
+        super().fail(error)
+
+    def _succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
+        if self.claim():
+            self._finish(self._peer(), ended)
+
+    def _failed(self, error: BaseException, ended: int) -> None:
+        if self.claim():
+            self.fail(error)
+            self._finish(self._peer() if _client.is_answer(error) else {}, ended)
+
+    def _peer(self) -> Attributes:
+        try:
+            coordinator = self._coordinator()
+            broker = None
+            if coordinator is not None:
+                broker = _client.coordinator_broker(coordinator)
+            return peer_attributes(broker if broker and broker.is_ip else None)
+        except Exception:
+            report("read the coordinator of a group")
+            return {}
+
+
+class SettlementWrappers:
+    """The wrappers of what consumers commit by.
+
+    Where kafka-python lacks the methods of the coordinator, `commit_sync` and
+    `commit_async` wrap the consumer's own `commit` and `commit_async`.
+
+    Args:
+        telemetry: What the instrumentation works with.
+    """
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._states: weakref.WeakKeyDictionary[Any, _State] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def commit_sync(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap a commit that waits for the answer ("Settle" spans)."""
+        state = self._state(instance)
+        settlement = self._begin(instance, state, args, kwargs, auto=state.is_auto)
+        around, state.in_sync = state.in_sync, _offsets(args, kwargs)
+        try:
+            result = wrapped(*args, **kwargs)
+        except BaseException as error:
+            if settlement is not None:
+                settlement(error)
+            raise
+        finally:
+            state.in_sync = around
+        if settlement is not None:
+            settlement(None)
+        return result
+
+    def commit_async(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap a commit that returns a future ("Settle" spans)."""
+        state = self._state(instance)
+        auto = _client.is_auto_commit(instance, args, kwargs)
+        settlement = self._begin(instance, state, args, kwargs, auto=auto)
+        if settlement is None:
+            return wrapped(*args, **kwargs)
+        waiting = _offsets(args, kwargs), settlement
+        state.waiting.append(waiting)
+        try:
+            future = wrapped(*args, **kwargs)
+        except BaseException as error:
+            if waiting in state.waiting:
+                state.waiting.remove(waiting)
+            settlement.raised(error)
+            raise
+        if waiting in state.waiting:
+            # It is the future of the look-up, which makes the request first.
+            settlement.follow(future)
+        return future
+
+    def request_async(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap what makes the request of a `commit_async`, now or later."""
+        settlement = self._state(instance).take(_offsets(args, kwargs))
+        if settlement is None:
+            return wrapped(*args, **kwargs)
+        try:
+            future = wrapped(*args, **kwargs)
+        except BaseException as error:
+            settlement.raised(error)
+            raise
+        settlement.follow(future)
+        return future
+
+    def auto_commit_sync(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap what commits at `close` and, up to 2.3, before a rebalance."""
+        state = self._state(instance)
+        state.is_auto = True
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            state.is_auto = False
+
+    async def commit_coroutine(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap what commits before a rebalance since 3.0."""
+        state = self._state(instance)
+        settlement = None
+        if _offsets(args, kwargs) is not state.in_sync:
+            settlement = self._begin(instance, state, args, kwargs, auto=True)
+        try:
+            result = await wrapped(*args, **kwargs)
+        except BaseException as error:
+            if settlement is not None:
+                settlement(error)
+            raise
+        if settlement is not None:
+            settlement(None)
+        return result
+
+    def fetch_committed(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap what reads the committed offsets, up to 2.3."""
+        committed = wrapped(*args, **kwargs)
+        self._note(instance, committed)
+        return committed
+
+    async def fetch_committed_coroutine(
+        self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap what reads the committed offsets, since 3.0."""
+        committed = await wrapped(*args, **kwargs)
+        self._note(instance, committed)
+        return committed
+
+    def _state(self, instance: Any) -> _State:
+        try:
+            state = self._states.get(instance)
+            if state is None:
+                state = self._states[instance] = _State()
+            return state
+        except Exception:
+            report("keep the state of a consumer's commits")
+            return _State()
+
+    def _note(self, instance: Any, committed: Any) -> None:
+        try:
+            self._state(instance).committed.update(
+                _client.offsets_by_partition(committed)
+            )
+        except Exception:
+            report("read committed offsets")
+
+    def _begin(
+        self, instance: Any, state: _State, args: Args, kwargs: Kwargs, *, auto: bool
+    ) -> Settlement | None:
+        try:
+            if self._telemetry.is_enabled():
+                return self._start(instance, state, _offsets(args, kwargs), auto=auto)
+        except Exception:
+            report("trace a commit")
+        return None
+
+    def _start(
+        self, instance: Any, state: _State, given: Any, *, auto: bool
+    ) -> Settlement | None:
+        end_abandoned()
+        telemetry, config = self._telemetry, self._telemetry.config
+        if auto and config.commit_spans != "all":
+            return None
+        client = telemetry.client(instance)
+        offsets = {
+            partition: offset
+            for partition, offset in _client.offsets_by_partition(given).items()
+            if telemetry.facts(client, COMMIT, *partition) is not None
+        }
+        # Only a consumer's own `commit` may leave it to the client what to commit.
+        if not offsets and given is not None:
+            return None
+        if auto and all(
+            state.committed.get(partition) == offset
+            for partition, offset in offsets.items()
+        ):
+            return None
+        topic, partition, attributes = _destination(offsets)
+        facts = telemetry.facts(client, COMMIT, topic, partition)
+        if facts is None:
+            return None
+        started = time.time_ns()
+        span = None
+        if config.commit_spans != "none":
+            span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
+        return Settlement(facts, span, started, instance, state, offsets)
+
+
+def _offsets(args: Args, kwargs: Kwargs) -> Any:
+    return _client.argument(args, kwargs, 0, "offsets")
+
+
+def _destination(offsets: Offsets) -> tuple[str | None, int | None, Attributes]:
+    """The topic and the partition, where there is one, and what belongs to it."""
+    if len(offsets) == 1:
+        ((topic, partition), offset) = next(iter(offsets.items()))
+        # Kafka's committed offset is that of the record to go on with; the
+        # convention's, that of the last record that the commit covers.
+        return topic, partition, message_attributes(offset - 1, None, False)
+    topics = {topic for topic, _ in offsets}
+    return topics.pop() if len(topics) == 1 else None, None, {}
+
+
+class TransactionWrappers:
+    """The wrappers of the producer's methods that settle a transaction (2.2 and later).
+
+    The convention says nothing of transactions: these spans are our own.
+
+    Args:
+        telemetry: What the instrumentation works with.
+    """
+
+    METHODS = (
+        "send_offsets_to_transaction",
+        "commit_transaction",
+        "abort_transaction",
+    )
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def call(
+        self, method: str, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Wrap one of `METHODS`."""
+        operation = None
+        try:
+            if self._telemetry.is_enabled():
+                operation = self._start(method, instance, args, kwargs)
+        except Exception:
+            report("trace a transaction")
+        try:
+            result = wrapped(*args, **kwargs)
+        except BaseException as error:
+            if operation is not None:
+                operation.fail(error)
+                operation.end()
+            raise
+        if operation is not None:
+            operation.end()
+        return result
+
+    def _start(
+        self, method: str, instance: Any, args: Args, kwargs: Kwargs
+    ) -> Operation | None:
+        end_abandoned()
+        telemetry = self._telemetry
+        if telemetry.config.commit_spans == "none":
+            return None
+        client = telemetry.client(instance)
+        attributes: Attributes = {}
+        if method == "send_offsets_to_transaction":
+            partitions = _client.offsets_by_partition(_offsets(args, kwargs))
+            if partitions and not any(
+                telemetry.facts(client, COMMIT, *partition) for partition in partitions
+            ):
+                return None
+            group = _client.transaction_group(args, kwargs)
+            if group is not None:
+                attributes[MESSAGING_CONSUMER_GROUP_NAME] = group
+        facts = telemetry.facts(client, Kind(method, None), None, None)
+        if facts is None:
+            return None
+        started = time.time_ns()
+        span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
+        return Operation(facts, span, started)

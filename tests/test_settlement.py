@@ -1,0 +1,466 @@
+"""Commits: one span for each, whatever way it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import kafka.errors
+import pytest
+from kafka import KafkaConsumer, TopicPartition
+from kafka.coordinator.consumer import ConsumerCoordinator
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.trace import SpanKind, StatusCode
+
+from clients import DEADLINE, VERSION, Clients, committable, poll, poll_records
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, _client
+from recorder import Recorder, attributes_of
+
+
+def until(happened: Callable[[], bool], work: Callable[[], Any]) -> None:
+    """Work until something has happened."""
+    deadline = time.monotonic() + DEADLINE
+    while not happened():
+        assert time.monotonic() < deadline
+        work()
+
+
+def poll_until(consumer: Any, happened: Callable[[], bool]) -> None:
+    """Let the client work until something has happened."""
+    until(happened, lambda: consumer.poll(timeout_ms=10))
+
+
+def commits(recorder: Recorder) -> list[str]:
+    return [name for name in recorder.names() if name.startswith("commit")]
+
+
+def test_a_commit_in_a_loop_is_a_child_of_the_process_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    consumer = clients.consumer(group_id=topic, client_id="shipping")
+    for record in consumer:
+        if record.offset == 1:
+            consumer.commit()
+            break
+    span = recorder.one(f"commit {topic}")
+    process = recorder.named(f"process {topic}")[1]
+    assert span.kind is SpanKind.CLIENT
+    assert span.parent == process.context
+    host, port = clients.address.split(":")
+    (attributes,) = attributes_of([span])
+    attributes.pop("messaging.kafka.cluster.id", None)  # 2.1 and later
+    assert attributes == {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "commit",
+        "messaging.operation.type": "settle",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "messaging.consumer.group.name": topic,
+        "messaging.client.id": "shipping",
+        # The last record that it covers; what Kafka calls the offset is 2.
+        "messaging.kafka.offset": 1,
+        "server.address": host,
+        "server.port": int(port),
+        "network.peer.address": host,
+        "network.peer.port": int(port),
+    }
+    assert (
+        recorder.count(
+            "messaging.client.operation.duration",
+            messaging_operation_name="commit",
+            messaging_operation_type="settle",
+            messaging_destination_name=topic,
+        )
+        == 1
+    )
+    assert consumer.committed(TopicPartition(topic, 0)) == 2
+
+
+def test_a_commit_over_partitions_has_its_topic_and_no_offset(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.create_topic(2)
+    producer = clients.producer()
+    for partition in range(2):
+        producer.send(topic, b"value", partition=partition)
+    producer.flush()
+    consumer = clients.consumer(group_id=topic)
+    poll_records(consumer, 2)
+    consumer.commit()
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert attributes["messaging.destination.name"] == topic
+    assert "messaging.destination.partition.id" not in attributes
+    assert "messaging.kafka.offset" not in attributes
+    assert "messaging.batch.message_count" not in attributes
+
+
+def test_a_commit_over_topics_has_no_topic_in_its_name(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    topics = [topic, f"{topic}-other"]
+    producer = clients.producer()
+    for each in topics:
+        producer.send(each, b"value").get(DEADLINE)
+    consumer = clients.consumer(*topics, group_id=topic)
+    poll_records(consumer, 2)
+    consumer.commit()
+    (attributes,) = attributes_of([recorder.one("commit")])
+    assert "messaging.destination.name" not in attributes
+
+
+def test_a_commit_of_nothing_consumed_covers_no_record(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer.commit(committable(topic, 0))
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert "messaging.kafka.offset" not in attributes
+
+
+def test_commit_async_ends_with_the_answer(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    consumer = clients.consumer(group_id=topic)
+    poll_records(consumer, 2)
+    called: list[Any] = []
+    with recorder.tracer.start_as_current_span("work"):
+        future = consumer.commit_async(callback=lambda *given: called.append(given))
+    ended: list[list[str]] = []
+    future.add_both(lambda _: ended.append(commits(recorder)))
+    poll_until(consumer, lambda: bool(called))
+    assert future.succeeded()
+    ((offsets, answer),) = called
+    assert [each.offset for each in offsets.values()] == [2]
+    assert not isinstance(answer, Exception)
+    span, work = recorder.one(f"commit {topic}"), recorder.one("work")
+    assert span.parent == work.context
+    (attributes,) = attributes_of([span])
+    assert attributes["messaging.kafka.offset"] == 1
+    assert "network.peer.address" in attributes
+    assert ended == [[span.name]]
+
+
+def test_commit_async_before_the_coordinator_is_known_is_the_callers(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    consumer.unsubscribe()
+    consumer.partitions_for_topic(topic)  # so that there is a broker to ask
+    consumer.assign([TopicPartition(topic, 0)])
+    assert consumer._coordinator.coordinator_unknown()
+    answers: list[Any] = []
+
+    def commit() -> None:
+        with recorder.tracer.start_as_current_span("work"):
+            consumer.commit_async(
+                committable(topic, 1), lambda offsets, answer: answers.append(answer)
+            )
+        count = len(recorder.named("work"))
+        poll_until(consumer, lambda: len(answers) == count)
+
+    # Up to 2.3 the first fails: the coordinator is known then, but not connected.
+    until(lambda: bool(answers) and not isinstance(answers[-1], Exception), commit)
+    spans, works = recorder.named(f"commit {topic}"), recorder.named("work")
+    for span, work, answer in zip(spans, works, answers, strict=True):
+        assert span.parent == work.context
+        failed = type(answer).__name__ if isinstance(answer, Exception) else None
+        assert (span.attributes or {}).get("error.type") == failed
+    assert consumer.committed(TopicPartition(topic, 0)) == 1
+
+
+@pytest.mark.parametrize("way", ["commit", "commit_async"])
+def test_a_commit_that_fails_has_its_error(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer._coordinator.reset_generation()  # as when it was put out of its group
+    if way == "commit":
+        with pytest.raises(kafka.errors.CommitFailedError):
+            consumer.commit(committable(topic, 1))
+    else:
+        future = consumer.commit_async(committable(topic, 1))
+        # A poll would join the group again, before the answer perhaps.
+        until(lambda: future.is_done, consumer.topics)
+        assert isinstance(future.exception, kafka.errors.CommitFailedError)
+    span = recorder.one(f"commit {topic}")
+    assert span.status.status_code is StatusCode.ERROR
+    (attributes,) = attributes_of([span])
+    assert attributes["error.type"] == "CommitFailedError"
+    (event,) = span.events
+    assert event.name == "exception"
+    assert "network.peer.address" not in attributes
+    assert (
+        recorder.count(
+            "messaging.client.operation.duration",
+            messaging_operation_name="commit",
+            error_type="CommitFailedError",
+        )
+        == 1
+    )
+
+
+def test_what_kafka_python_refuses_to_commit_is_refused_and_makes_nothing(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    def attempts() -> list[type | None]:
+        raised: list[type | None] = []
+        grouped, alone = clients.consumer(group_id=topic), clients.consumer()
+        for consumer, offsets in (
+            (alone, None),
+            (alone, committable(topic, 1)),
+            (grouped, {TopicPartition(topic, 0): 1}),
+            (grouped, {"nothing": 1}),
+            (grouped, [1]),
+        ):
+            for method in (consumer.commit, consumer.commit_async):
+                try:
+                    method(offsets)
+                    raised.append(None)  # until the coordinator is known
+                except Exception as error:
+                    raised.append(type(error))
+        return raised
+
+    plain = attempts()
+    instrument()
+    assert attempts() == plain
+    assert recorder.started == []
+
+
+def test_nothing_to_commit_makes_nothing(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    consumer.commit()
+    consumer.commit({})
+    assert recorder.started == []
+
+
+def test_suppressed_a_commit_makes_nothing(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    with suppress_instrumentation():
+        consumer.commit()
+        done = consumer.commit_async()
+    poll_until(consumer, lambda: bool(done.is_done))
+    assert commits(recorder) == []
+
+
+def test_commits_without_spans_are_measured(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="none")
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer.commit()
+    assert commits(recorder) == []
+    assert (
+        recorder.count(
+            "messaging.client.operation.duration", messaging_operation_name="commit"
+        )
+        == 1
+    )
+
+
+def test_excluded_topics_are_as_if_they_were_not_committed(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = f"{topic}-other"
+    instrument(excluded_topics=[other])
+    producer = clients.producer()
+    for each in (topic, other):
+        producer.send(each, b"value").get(DEADLINE)
+    consumer = clients.consumer(topic, other, group_id=topic)
+    poll_records(consumer, 2)
+    consumer.commit(committable(other, 1))
+    assert commits(recorder) == []
+    consumer.commit()
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert attributes["messaging.kafka.offset"] == 0
+
+
+@pytest.mark.parametrize("way", ["loop", "poll"])
+def test_auto_commits_make_nothing_unless_asked_for(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
+) -> None:
+    clients.send(b"1", b"2")
+    consumer = clients.finite(
+        2, group_id=topic, enable_auto_commit=True, auto_commit_interval_ms=1
+    )
+    if way == "loop":
+        for _ in consumer:
+            pass
+    else:
+        poll_records(consumer, 2)
+    consumer.close()
+    assert commits(recorder) == []
+    assert (
+        recorder.points(
+            "messaging.client.operation.duration", messaging_operation_name="commit"
+        )
+        == []
+    )
+
+
+def auto_committing(clients: Clients, **config: Any) -> Any:
+    return clients.consumer(
+        group_id=clients.topic,
+        enable_auto_commit=True,
+        **{"auto_commit_interval_ms": 1, **config},
+    )
+
+
+def test_an_auto_commit_makes_a_span_where_it_moves_an_offset(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1", b"2")
+    consumer = auto_committing(clients)
+    poll_records(consumer, 2)
+    poll_until(consumer, lambda: bool(commits(recorder)))
+    # It goes on to commit the same, as often as it is polled.
+    requests: list[Any] = []
+    request = ConsumerCoordinator._send_offset_commit_request
+
+    def count(coordinator: Any, offsets: Any) -> Any:
+        requests.append(offsets)
+        return request(coordinator, offsets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConsumerCoordinator, "_send_offset_commit_request", count)
+        poll_until(consumer, lambda: len(requests) >= 3)
+    *_, span = recorder.named(f"commit {topic}")
+    assert attributes_of([span])[0]["messaging.kafka.offset"] == 1
+    # The first may have come before a record had.
+    assert len(commits(recorder)) <= 2
+    consumer.close()
+    assert len(commits(recorder)) <= 2
+
+
+def test_an_auto_commit_at_close_makes_a_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1", b"2")
+    consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll_records(consumer, 2)
+    assert commits(recorder) == []
+    consumer.close()
+    span = recorder.one(f"commit {topic}")
+    assert span.parent is None
+    assert attributes_of([span])[0]["messaging.kafka.offset"] == 1
+
+
+def test_a_restarted_consumer_with_nothing_new_makes_none(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1", b"2")
+    first = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll_records(first, 2)
+    first.close()
+    again = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll_until(again, lambda: bool(again.assignment()))
+    assert again.position(TopicPartition(topic, 0)) == 2
+    again.close()
+    assert commits(recorder) == [f"commit {topic}"]
+
+
+@pytest.mark.skipif(VERSION >= (3, 0), reason="the I/O thread is in the background")
+def test_a_rebalance_auto_commits_once_on_the_way_of_a_poll(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    _commit_before_a_rebalance(clients, recorder)
+
+
+@pytest.mark.skipif(VERSION < (3, 0), reason="all is on the application's thread")
+def test_a_rebalance_auto_commits_once_in_the_background(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    _commit_before_a_rebalance(clients, recorder)
+
+
+def _commit_before_a_rebalance(clients: Clients, recorder: Recorder) -> None:
+    clients.send(b"1", b"2")
+    consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll_records(consumer, 2)
+    assert commits(recorder) == []
+    consumer._coordinator.request_rejoin()
+    poll_until(consumer, lambda: bool(commits(recorder)))
+    span = recorder.one(f"commit {clients.topic}")
+    assert attributes_of([span])[0]["messaging.kafka.offset"] == 1
+    assert span.status.status_code is StatusCode.UNSET
+
+
+def test_a_commit_that_is_asked_for_is_traced_even_if_it_moves_nothing(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer.commit()
+    consumer.commit()
+    assert commits(recorder) == [f"commit {topic}"] * 2
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["offsets", "no offsets"])
+def test_where_kafka_python_lacks_the_methods_the_public_ones_are_traced(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    given: bool,
+) -> None:
+    # Stands for a version that is not out yet.
+    monkeypatch.setattr(_client, "_COMMITS", (*_client._COMMITS, "commit_offsets"))
+    instrument(commit_spans="all")
+    clients.send(b"1", b"2")
+    consumer = clients.consumer(group_id=topic)
+    poll_records(consumer, 2)
+    offsets = committable(topic, 2) if given else None
+    consumer.commit(offsets)
+    future = consumer.commit_async(offsets)
+    poll_until(consumer, lambda: bool(future.is_done))
+    name = f"commit {topic}" if given else "commit"
+    assert commits(recorder) == [name, name]
+    for attributes in attributes_of(recorder.named(name)):
+        assert attributes["messaging.consumer.group.name"] == topic
+        assert attributes.get("messaging.kafka.offset") == (1 if given else None)
+    with pytest.raises(Exception):  # noqa: B017 (differs between versions)
+        clients.consumer().commit()
+    assert len(commits(recorder)) == 3
+    KafkaPythonInstrumentor().uninstrument()
+    assert not hasattr(KafkaConsumer.commit, "__wrapped__")
+
+
+def test_commits_that_have_no_answer_end_with_the_consumer(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer.commit_async()
+    consumer.close()
+    del consumer
+    clients._made.pop()
+    deadline = time.monotonic() + DEADLINE
+    while recorder.open() and time.monotonic() < deadline:
+        clients.send(b"2")  # ends what finalisers have left behind
+    assert recorder.open() == []
+    assert len(commits(recorder)) == 1

@@ -137,7 +137,9 @@ class ApacheBroker:
             )
         )
         java = ["java", "-cp", f"{libraries()}/*"]
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes)[:22].decode()
+        # It must not begin with a dash, which would make it an option.
+        cluster = b"\0" + uuid.uuid4().bytes[1:]
+        cluster_id = base64.urlsafe_b64encode(cluster)[:22].decode()
         subprocess.run(
             [
                 *java,

@@ -66,6 +66,13 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
+def gives_away(request: pytest.FixtureRequest, broker: Any) -> None:
+    """For tests in which a member of a group goes and another takes its partitions."""
+    if isinstance(broker, EmbeddedBroker):
+        pytest.skip("the embedded broker gives no partitions away")
+
+
+@pytest.fixture
 def topic() -> str:
     return f"test-{uuid.uuid4().hex[:12]}"
 

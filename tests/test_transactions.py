@@ -1,0 +1,272 @@
+"""Transactions: their own spans, and an exactly-once service that crashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import kafka.errors
+import pytest
+from kafka import KafkaProducer
+from opentelemetry.trace import SpanKind, StatusCode
+
+from clients import DEADLINE, Clients, committable, poll_records
+from conftest import Instrument
+from recorder import Recorder, attributes_of
+from scripts import run
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(KafkaProducer, "begin_transaction"),
+    reason="transactions are new in kafka-python 2.2",
+)
+
+
+@pytest.fixture
+def producer(clients: Clients, topic: str) -> Any:
+    producer = clients.producer(transactional_id=topic, client_id="shop")
+    producer.init_transactions()
+    return producer
+
+
+def test_a_committed_transaction(
+    instrumented: None, clients: Clients, producer: Any, recorder: Recorder, topic: str
+) -> None:
+    with recorder.tracer.start_as_current_span("work"):
+        producer.begin_transaction()
+        producer.send(topic, b"value")
+        producer.send_offsets_to_transaction(committable(topic, 3), "group")
+        producer.commit_transaction()
+    host, port = clients.address.split(":")
+    work = recorder.one("work")
+    expected = {
+        "messaging.system": "kafka",
+        "messaging.client.id": "shop",
+        "server.address": host,
+        "server.port": int(port),
+    }
+    for name, more in (
+        ("send_offsets_to_transaction", {"messaging.consumer.group.name": "group"}),
+        ("commit_transaction", {}),
+    ):
+        span = recorder.one(name)
+        assert span.kind is SpanKind.CLIENT
+        assert span.parent == work.context
+        assert span.status.status_code is StatusCode.UNSET
+        (attributes,) = attributes_of([span])
+        attributes.pop("messaging.kafka.cluster.id", None)
+        assert attributes == {
+            **expected,
+            **more,
+            "messaging.operation.name": name,
+        }
+    assert recorder.one(f"send {topic}").parent == work.context
+    # They are none of the operations that the convention has a metric for.
+    assert recorder.count("messaging.client.operation.duration") == 1
+    consumer = clients.consumer(isolation_level="read_committed")
+    assert [record.value for record in poll_records(consumer, 1)] == [b"value"]
+
+
+def test_an_aborted_transaction(
+    instrumented: None, producer: Any, recorder: Recorder, topic: str
+) -> None:
+    producer.begin_transaction()
+    future = producer.send(topic, b"value")
+    producer.abort_transaction()
+    span = recorder.one("abort_transaction")
+    assert span.status.status_code is StatusCode.UNSET
+    sent = recorder.one(f"send {topic}")
+    assert future.is_done
+    assert future.failed() == (sent.status.status_code is StatusCode.ERROR)
+    assert recorder.open() == []
+
+
+@pytest.mark.parametrize("commits", [True, False], ids=["commit", "abort"])
+def test_a_fenced_producer_ends_every_span_with_the_error(
+    instrumented: None,
+    clients: Clients,
+    producer: Any,
+    recorder: Recorder,
+    topic: str,
+    commits: bool,
+) -> None:
+    producer.begin_transaction()
+    producer.send(topic, b"first").get(DEADLINE)
+    other = clients.producer(transactional_id=topic)
+    other.init_transactions()
+    failed = producer.send(topic, b"second")
+    with pytest.raises(kafka.errors.KafkaError) as of_send:
+        failed.get(DEADLINE)
+    with pytest.raises(kafka.errors.KafkaError) as of_end:
+        if commits:
+            producer.commit_transaction()
+        else:
+            producer.abort_transaction()
+            pytest.fail("a fenced producer cannot abort")
+    first, second = recorder.named(f"send {topic}")
+    ending = recorder.one("commit_transaction" if commits else "abort_transaction")
+    assert first.status.status_code is StatusCode.UNSET
+    for span, raised in ((second, of_send), (ending, of_end)):
+        assert span.status.status_code is StatusCode.ERROR
+        (attributes,) = attributes_of([span])
+        error = raised.value
+        assert attributes["error.type"] in {
+            type(error).__name__,
+            getattr(error, "message", None),
+        }
+        assert [event.name for event in span.events] == ["exception"]
+    assert recorder.open() == []
+
+
+def test_a_transaction_of_a_plain_producer_is_refused_as_ever(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    producer = clients.producer()
+    refused: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (producer.commit_transaction, ()),
+        (producer.abort_transaction, ()),
+        (producer.send_offsets_to_transaction, ({}, "group")),
+    ]
+    for method, arguments in refused:
+        with pytest.raises(kafka.errors.IllegalStateError):
+            method(*arguments)
+        with pytest.raises(TypeError):
+            method(*arguments, "too", "many", "arguments")
+    assert {span.status.status_code for span in recorder.ended} == {StatusCode.ERROR}
+    assert recorder.open() == []
+
+
+def test_without_commit_spans_there_are_none_of_transactions(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="none")
+    producer = clients.producer(transactional_id=topic)
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send(topic, b"value")
+    producer.send_offsets_to_transaction(committable(topic, 3), "group")
+    producer.commit_transaction()
+    assert recorder.names() == [f"send {topic}"]
+
+
+def test_offsets_of_excluded_topics_alone_make_no_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(excluded_topics=[topic])
+    clients.send(b"value")
+    producer = clients.producer(transactional_id=topic)
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send_offsets_to_transaction(committable(topic, 1), "group")
+    producer.commit_transaction()
+    assert recorder.names() == ["commit_transaction"]
+
+
+# A service that moves each record to another topic exactly once. Told to crash, it
+# dies between the send and the commit of its second transaction.
+SERVICE = """
+    import json, os, sys
+    address, source, target, crashes = sys.argv[1:]
+    from recorder import Recorder
+    from clients import committable
+    recorder = Recorder()
+    from otel_kafka_python import KafkaPythonInstrumentor
+    KafkaPythonInstrumentor().instrument(
+        tracer_provider=recorder.tracer_provider,
+        meter_provider=recorder.meter_provider,
+    )
+    from kafka import KafkaConsumer, KafkaProducer
+
+    def tell():
+        recorder.check()
+        by_id = {span.context.span_id: span.name for span in recorder.ended}
+        print(json.dumps([
+            {
+                "name": span.name,
+                "trace": span.context.trace_id,
+                "id": span.context.span_id,
+                "parent": span.parent and span.parent.span_id,
+                "offset": span.attributes.get("messaging.kafka.offset"),
+                "error": span.attributes.get("error.type"),
+            }
+            for span in sorted(recorder.ended, key=lambda span: span.start_time)
+        ]), flush=True)
+
+    producer = KafkaProducer(
+        bootstrap_servers=address, transactional_id=source,
+        transaction_timeout_ms=20000,
+    )
+    producer.init_transactions()
+    consumer = KafkaConsumer(
+        source, bootstrap_servers=address, group_id=source,
+        auto_offset_reset="earliest", enable_auto_commit=False,
+        isolation_level="read_committed", session_timeout_ms=6000,
+    )
+    for record in consumer:
+        producer.begin_transaction()
+        producer.send(target, record.value).get(30)
+        if crashes == "crashes" and record.offset == 1:
+            recorder.tracer_provider.shutdown()
+            tell()
+            os._exit(9)
+        producer.send_offsets_to_transaction(
+            committable(source, record.offset + 1), source
+        )
+        producer.commit_transaction()
+        if record.offset == 2:
+            break
+    consumer.close()
+    producer.close()
+    tell()
+"""
+
+
+def test_an_exactly_once_service_that_crashes_tells_its_story(
+    gives_away: None,
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    target = f"{topic}-out"
+    clients.send(b"0", b"1", b"2")
+    created = [span.context for span in recorder.named(f"send {topic}")]
+
+    def serve(how: str, expected: int) -> list[dict[str, Any]]:
+        done = run(SERVICE, clients.address, topic, target, how)
+        assert done.returncode == expected, done.stderr
+        told: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    crashed = serve("crashes", 9)
+    restarted = serve("completes", 0)
+
+    def of_trace(spans: list[dict[str, Any]], offset: int) -> list[str]:
+        context = created[offset]
+        assert context is not None
+        return [
+            span["name"].replace(topic, "t")
+            for span in spans
+            if span["trace"] == context.trace_id
+        ]
+
+    whole = [
+        *("process t", "send t-out"),
+        *("send_offsets_to_transaction", "commit_transaction"),
+    ]
+    assert of_trace(crashed, 0) == whole
+    # It was sent and never committed: the span of the body had no end to tell of.
+    assert of_trace(crashed, 1) == ["send t-out"]
+    # The same record again, in the same trace, after it.
+    assert of_trace(restarted, 0) == []
+    assert of_trace(restarted, 1) == whole
+    assert of_trace(restarted, 2) == whole
+    assert {span["error"] for span in crashed + restarted} == {None}
+    process = [s for s in restarted if s["name"] == f"process {topic}"]
+    assert [span["offset"] for span in process] == [1, 2]
+    for span in restarted:
+        if not span["name"].startswith("process"):
+            assert span["parent"] in {each["id"] for each in process}
+    consumer = clients.consumer(target, isolation_level="read_committed")
+    values = [record.value for record in poll_records(consumer, 3)]
+    assert values == [b"0", b"1", b"2"]

@@ -114,6 +114,7 @@ class Scope(Operation):
         "_ids",
         "_marker",
         "_token",
+        "is_bounded",
         "processed",
     )
 
@@ -126,6 +127,7 @@ class Scope(Operation):
     ) -> None:
         super().__init__(facts, span, started)
         self.processed = processed
+        self.is_bounded = True
         self._entered = False
         self._ids: frozenset[int] | None = None
         self._failed_with: int | None = None
@@ -155,21 +157,21 @@ class Scope(Operation):
     def leave(self) -> None:
         """Restore the context that was current before `enter`, if that is to be done.
 
-        It is not on another thread or in another context, nor while a span that
-        the application has made current in it lasts.
+        It is not on another thread or in another context, nor while it is covered
+        by what the application has made current in it.
         """
         if not self._entered:
             return
         self._entered = False
         scope = _innermost.get(None)
-        spans = []
+        later = []
         while scope is not None and scope is not self:
-            spans.append(scope.span)
+            later.append(scope)
             scope = scope._below
         if scope is None:
             return
         # Scopes that were entered later (the other consumers' of a `zip`) give way.
-        if not self.is_covered(spans):
+        if not self.is_covered(later):
             self.undo()
         if self._below is not None:
             undo_left()
@@ -187,13 +189,26 @@ class Scope(Operation):
         self._marker = _innermost.set(innermost)
         return True
 
-    def is_covered(self, spans: Sequence[Span | None] = ()) -> bool:
-        """Whether a span that lasts, and is none of these, is current in it."""
+    def is_covered(self, later: Sequence[Scope] = ()) -> bool:
+        """Whether what the application has made current in it is to stay.
+
+        That is a span that lasts. In a scope that no block bounds it is anything:
+        the application may have entered a block since, and must find it so.
+
+        Args:
+            later: Scopes that were entered in it, which do not count.
+        """
         current = otel_context.get_current()
         if self._attached is None or current is self._attached:
             return False
+        if not self.is_bounded:
+            return all(current is not each._attached for each in later)
         span = get_current_span(current)
-        return span is not self.span and span not in spans and span.is_recording()
+        return (
+            span is not self.span
+            and all(span is not each.span for each in later)
+            and span.is_recording()
+        )
 
     def undo(self) -> bool:
         """Undo what `enter` did; not in a copy of the context that it was done in."""
@@ -550,6 +565,7 @@ def hold(telemetry: Telemetry, client: Client, record: Record) -> None:
     """Enter the processing of a record that `next` returns, as `next_process_spans`."""
     scope = process(telemetry, client, record)
     if scope is not None:
+        scope.is_bounded = False
         client.held = Held(scope)
 
 
@@ -558,6 +574,8 @@ def release(client: Client) -> None:
     held, client.held = client.held, None
     if held is not None:
         held.close()
+    # What could not be undone then can perhaps be now.
+    undo_left()
 
 
 # The one that `instrument()` has set up, or the global providers' where nothing

@@ -1,0 +1,264 @@
+"""`next_process_spans`: for programs whose loop is `while True: next(consumer)`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.instrumentation.utils import (
+    is_instrumentation_enabled,
+    suppress_instrumentation,
+)
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
+
+from clients import DEADLINE, Clients
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from recorder import Recorder
+from scripts import run
+
+
+def ids(spans: list[ReadableSpan]) -> list[int | None]:
+    return [span.context and span.context.span_id for span in spans]
+
+
+def parents(spans: list[ReadableSpan]) -> list[int | None]:
+    return [span.parent and span.parent.span_id for span in spans]
+
+
+def current() -> str | None:
+    return getattr(trace.get_current_span(), "name", None)
+
+
+@pytest.fixture
+def consumer(instrument: Instrument, clients: Clients) -> Any:
+    instrument(next_process_spans=True)
+    clients.send(b"1", b"2", b"3")
+    return clients.consumer()
+
+
+def test_a_record_is_processed_until_the_next(
+    consumer: Any, recorder: Recorder, topic: str
+) -> None:
+    for expected in range(3):
+        assert next(consumer).offset == expected
+        assert current() == f"process {topic}"
+        assert len(recorder.named(f"process {topic}")) == expected
+        with recorder.tracer.start_as_current_span("work") as work:
+            assert trace.get_current_span() is work
+    consumer.close()
+    assert current() is None
+    sent = recorder.named(f"send {topic}")
+    processed = recorder.named(f"process {topic}")
+    worked = recorder.named("work")
+    assert parents(processed) == ids(sent)
+    assert parents(worked) == ids(processed)
+    # As ever, `next` is a receive, too.
+    assert len(recorder.named(f"poll {topic}")) == 3
+    assert recorder.open() == []
+
+
+ENDS: dict[str, Callable[[Any], Any]] = {
+    "poll": lambda consumer: consumer.poll(0),
+    "iteration": iter,
+    "close": lambda consumer: consumer.close(),
+    "uninstrument": lambda _: KafkaPythonInstrumentor().uninstrument(),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_it_ends_with_what_the_consumer_is_asked_next(
+    consumer: Any, recorder: Recorder, topic: str, how: str
+) -> None:
+    next(consumer)
+    assert current() == f"process {topic}"
+    ENDS[how](consumer)
+    assert current() is None
+    assert len(recorder.named(f"process {topic}")) == 1
+    assert recorder.open() == []
+
+
+def test_it_ends_with_the_next_that_times_out(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(next_process_spans=True)
+    clients.send(b"1")
+    consumer = clients.consumer(consumer_timeout_ms=500)
+    next(consumer)
+    with pytest.raises(StopIteration):
+        next(consumer)
+    assert current() is None
+    assert len(recorder.named(f"process {topic}")) == 1
+
+
+def test_it_ends_with_the_consumer_that_is_dropped(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(next_process_spans=True)
+    clients.send(b"1")
+    consumer = clients.consumer()
+    next(consumer)
+    clients._made.remove(consumer)
+    del consumer
+    gc.collect()
+    assert current() is None
+    clients.send(b"2")  # ends what finalisers have left behind
+    assert len(recorder.named(f"process {topic}")) == 1
+
+
+def test_it_ends_even_if_instrumentation_is_suppressed_by_then(
+    consumer: Any, recorder: Recorder, topic: str
+) -> None:
+    next(consumer)
+    with suppress_instrumentation():
+        next(consumer)
+        assert not is_instrumentation_enabled()
+    assert len(recorder.named(f"process {topic}")) == 1
+    assert recorder.open() == []
+    # What the block has restored is undone as soon as the consumer is asked again.
+    consumer.poll(0)
+    assert current() is None
+
+
+def test_a_loop_goes_on_with_its_own_spans(
+    consumer: Any, recorder: Recorder, topic: str
+) -> None:
+    next(consumer)
+    for record in consumer:
+        assert current() == f"process {topic}"
+        if record.offset == 2:
+            break
+    assert current() is None
+    assert len(recorder.named(f"process {topic}")) == 3
+
+
+def test_process_span_adopts_it(consumer: Any, recorder: Recorder, topic: str) -> None:
+    record = next(consumer)
+    with pytest.raises(ValueError, match="wrong"), process_span(record):
+        raise ValueError("wrong")
+    consumer.close()
+    span = recorder.one(f"process {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "ValueError"
+
+
+def test_the_hook_is_called_once_with_the_process_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    seen: list[str] = []
+    instrument(
+        next_process_spans=True,
+        consume_hook=lambda span, record, args, kwargs: seen.append(span.name),
+    )
+    clients.send(b"1")
+    consumer = clients.consumer()
+    next(consumer)
+    consumer.close()
+    assert seen == [f"process {topic}"]
+
+
+def test_asked_from_another_thread_it_ends_and_touches_no_context(
+    consumer: Any, recorder: Recorder, topic: str
+) -> None:
+    next(consumer)
+    mine = trace.get_current_span()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(next, consumer).result(DEADLINE)
+        assert len(recorder.named(f"process {topic}")) == 1
+        # It is current in the pool's thread now, until that consumer is asked again.
+        assert pool.submit(current).result(DEADLINE) == f"process {topic}"
+        assert trace.get_current_span() is mine
+        next(consumer)
+    consumer.close()
+    assert current() is None
+    assert len(recorder.named(f"process {topic}")) == 3
+
+
+def test_without_process_spans_nothing_is_current(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(next_process_spans=True, process_spans=False)
+    clients.send(b"1")
+    next(clients.consumer())
+    assert current() is None
+    assert recorder.names() == [f"poll {topic}", f"send {topic}"]
+
+
+def test_unless_asked_for_nothing_is_current(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    clients.send(b"1")
+    next(clients.consumer())
+    assert current() is None
+
+
+ENQUEUE = """
+    import sys
+    from kafka import KafkaProducer
+    from kq import Queue
+    from opentelemetry import trace
+    import jobs
+    address, topic = sys.argv[1:]
+    queue = Queue(topic, KafkaProducer(bootstrap_servers=address))
+    with trace.get_tracer("shop").start_as_current_span("order"):
+        for number in range(2):
+            queue.enqueue(jobs.ship, number)
+    queue.producer.flush()
+"""
+WORK = """
+    import sys
+    from kafka import KafkaConsumer
+    from kq import Worker
+    from opentelemetry import trace
+    address, topic = sys.argv[1:]
+    consumer = KafkaConsumer(
+        bootstrap_servers=address, group_id=topic, auto_offset_reset="earliest",
+    )
+    worker = Worker(topic, consumer)
+    assert worker.start(max_messages=2) == 2
+    del worker  # which closes its consumer
+    assert trace.get_current_span() is trace.INVALID_SPAN
+"""
+JOBS = """
+from opentelemetry import trace
+
+def ship(number):
+    with trace.get_tracer("shop").start_as_current_span(f"ship {number}"):
+        pass
+"""
+
+
+def test_a_job_queue_that_calls_next_has_its_jobs_in_the_enqueuers_trace(
+    clients: Clients, topic: str, tmp_path: Any
+) -> None:
+    (tmp_path / "jobs.py").write_text(JOBS)
+    with OtlpProtoTestServer() as receiver:
+        for script in (ENQUEUE, WORK):
+            done = run(
+                script,
+                clients.address,
+                topic,
+                launched=True,
+                paths=(tmp_path,),
+                environ={
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
+                    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+                    "OTEL_LOGS_EXPORTER": "none",
+                    "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "kafka",
+                    "OTEL_PYTHON_KAFKA_NEXT_PROCESS_SPANS": "true",
+                },
+            )
+            assert done.returncode == 0, done.stderr
+        # An order, and of each job: enqueued, received, processed, shipped, committed.
+        spans = {each.span.name: each.span for each in receiver.get_spans(11, DEADLINE)}
+    order = spans["order"]
+    for number in range(2):
+        job = spans[f"ship {number}"]
+        assert job.trace_id == order.trace_id
+        assert job.parent_span_id
+    assert spans[f"process {topic}"].trace_id == order.trace_id

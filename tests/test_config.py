@@ -116,7 +116,7 @@ def test_the_limit_of_links_is_the_sdks(value: str, limit: int) -> None:
 def test_every_setting_is_a_keyword_of_instrument() -> None:
     documented = KafkaPythonInstrumentor.instrument.__kwdefaults__
     assert documented is not None
-    providers = {"tracer_provider", "meter_provider"}
+    providers = {"tracer_provider", "meter_provider", "logger_provider"}
     assert set(documented) - providers == set(_config._PARSERS)
     assert KafkaPythonInstrumentor.instrument.__doc__ is not None
     for name in documented:

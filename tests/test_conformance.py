@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Metric
 from opentelemetry.trace import SpanKind, StatusCode
@@ -20,9 +21,11 @@ from conformance import (
     SCHEMA_URL,
     Seen,
     ViolationError,
+    check_events,
     check_metrics,
     check_spans,
 )
+from otel_kafka_python._semconv import QUEUE_TIME_BUCKETS
 
 CREATED = {
     "messaging.system": "kafka",
@@ -106,6 +109,19 @@ SPANS: dict[str, tuple[Seen, str]] = {
         replace(GOOD, created={**CREATED, "server.address": None}),
         "a sampler did not see server.address",
     ),
+    "header": (having(messaging__header__color="red"), "should be a list of str"),
+    "header of bytes": (
+        having(messaging__header__color=(b"red",)),
+        "should be a list of str",
+    ),
+    "own attribute of another span": (
+        having(kafka__record__queue_time_ms=1),
+        "queue_time_ms is none of its",
+    ),
+    "type of a transaction": (
+        having(messaging__operation__name="commit_transaction"),
+        "a transaction has no operation type",
+    ),
     "schema": (replace(GOOD, schema_url=None), "its schema is None"),
 }
 
@@ -182,6 +198,60 @@ def test_a_violation_of_a_metric_is_seen(
 ) -> None:
     with pytest.raises(ViolationError, match=says):
         check_metrics(metrics())
+
+
+def event(**changed: Any) -> LogRecord:
+    """A log event as the convention has it, but for what is changed."""
+    facts: dict[str, Any] = {
+        "event_name": "messaging.send.exception",
+        "severity_number": SeverityNumber.WARN,
+        "severity_text": "WARN",
+        "attributes": {"exception.type": "ValueError", "exception.message": "wrong"},
+        **changed,
+    }
+    return LogRecord(**facts)
+
+
+EVENTS: dict[str, tuple[LogRecord, str]] = {
+    "name": (event(event_name="messaging.exception"), "has no such event"),
+    "no name": (event(event_name=None), "has no such event"),
+    "severity": (event(severity_number=SeverityNumber.ERROR), "its severity is"),
+    "severity of processing": (
+        event(event_name="messaging.process.exception"),
+        "its severity is",
+    ),
+    "severity text": (event(severity_text="warning"), "is called warning"),
+    "required": (event(attributes={}), "neither type nor message"),
+    "unknown attribute": (
+        event(attributes={"exception.type": "E", "exception.cause": "E"}),
+        "exception.cause is none of its",
+    ),
+    "type": (event(attributes={"exception.type": 1}), "exception.type is 1"),
+}
+
+
+@pytest.mark.parametrize(("record", "says"), EVENTS.values(), ids=EVENTS)
+def test_a_violation_of_a_log_event_is_seen(record: LogRecord, says: str) -> None:
+    check_events([event()])
+    with pytest.raises(ViolationError, match=says):
+        check_events([event(), record])
+
+
+def test_our_own_metric_is_as_documented() -> None:
+    attributes = {
+        "messaging.destination.name": "topic",
+        "messaging.destination.partition.id": "0",
+    }
+    name = "kafka.record.queue_time"
+    check_metrics(measure(name, boundaries=QUEUE_TIME_BUCKETS, attributes=attributes))
+    with pytest.raises(ViolationError, match=r"partition.id is required"):
+        check_metrics(
+            measure(
+                name,
+                boundaries=QUEUE_TIME_BUCKETS,
+                attributes={"messaging.destination.name": "topic"},
+            )
+        )
 
 
 def test_all_spans_of_the_convention_are_known() -> None:

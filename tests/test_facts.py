@@ -152,13 +152,22 @@ def test_every_name_is_one_of_the_convention() -> None:
         for thing in (*CONVENTION["spans"].values(), *CONVENTION["metrics"].values())
         for name in thing["attributes"]
     }
+    for event in CONVENTION["exception_events"]["events"].values():
+        known |= set(event["attributes"])
     metrics = {metric["metric"] for metric in CONVENTION["metrics"].values()}
     ours = {
         value
         for name, value in vars(_semconv).items()
         if name.isupper() and isinstance(value, str)
     }
-    assert ours - known - metrics == {_semconv.SCHEMA_URL, _semconv.OUTCOME_UNKNOWN}
+    assert ours - known - metrics == {
+        _semconv.SCHEMA_URL,
+        _semconv.OUTCOME_UNKNOWN,
+        # Our own, named after the Java agent's.
+        _semconv.MESSAGING_HEADER_PREFIX,
+        _semconv.KAFKA_RECORD_QUEUE_TIME,
+        _semconv.KAFKA_RECORD_QUEUE_TIME_MS,
+    }
     assert CONVENTION["schema_url"] == _semconv.SCHEMA_URL
     for metric in CONVENTION["metrics"].values():
         boundaries = metric.get("bucket_boundaries")

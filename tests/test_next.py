@@ -16,7 +16,7 @@ from opentelemetry.instrumentation.utils import (
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
-from clients import DEADLINE, Clients
+from clients import DEADLINE, IS_NG, Clients
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from recorder import Recorder
@@ -233,6 +233,7 @@ def ship(number):
 """
 
 
+@pytest.mark.skipif(IS_NG, reason="kq requires kafka-python itself")
 def test_a_job_queue_that_calls_next_has_its_jobs_in_the_enqueuers_trace(
     clients: Clients, topic: str, tmp_path: Any
 ) -> None:

@@ -121,7 +121,7 @@ def test_each_delivery_is_accounted_for_once_while_members_come_and_go(
     second = Member(member(flowing, **settings), way)
     second.start()
     producer = flowing.producer()
-    wait_until(lambda: second.consumer.assignment())
+    wait_until(second.consumer.assignment)
 
     def go_on() -> bool:
         for partition in range(PARTITIONS):

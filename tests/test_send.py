@@ -336,7 +336,7 @@ def test_a_failing_processor_does_not_end_the_sender(
         assert producer.send(topic, b"value").get(DEADLINE).offset == number
     producer.flush()
     (message,) = log.take()
-    assert message.startswith("Failed to end a send span")
+    assert message.startswith("Failed to end an operation with its answer")
 
 
 class _Subclass(kafka.KafkaProducer):  # type: ignore[misc]  # untyped

@@ -115,11 +115,16 @@ def load(
                 source,
                 value,
                 error,
-                getattr(Config(), name) or "none",
+                shown(getattr(Config(), name)),
             )
     for name in given:
         logger.warning("instrument() has no keyword %s; it is ignored", name)
     return Config(**settings)
+
+
+def shown(default: object) -> str:
+    """The default of a setting, as a text says it."""
+    return "none" if default in (None, ()) else str(default)
 
 
 def _hook(value: object) -> Callable[..., object]:

@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import Clients, poll, poll_records
 from conftest import Instrument
+from otel_kafka_python import process_span
 from recorder import Recorder, attributes_of
 
 
@@ -436,3 +437,38 @@ def test_a_subclass_is_traced_once_through_what_it_overrides(
     name = "process" if way == "loop" else "poll"
     assert recorder.names() == [f"{name} {topic}", f"send {topic}"]
     assert recorder.count("messaging.client.consumed.messages") == 1
+
+
+@pytest.mark.parametrize("how", ["poll", "process"])
+def test_of_a_large_batch_only_the_links_that_the_sdk_keeps_are_built(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", "20")
+    instrument()
+    clients.send(*(b"value",) * 50)
+    consumer = clients.consumer()
+    records = poll_records(consumer, 50)
+    if how == "process":
+        with process_span(records):
+            pass
+    else:
+        polled: list[Any] = []
+        while len(polled) < 50:  # all of them by one poll
+            recorder.ended.clear()
+            recorder.sampler.creations.clear()
+            consumer.seek_to_beginning()
+            ((_, polled),) = poll(consumer).items()
+    span = recorder.one(f"{how} {topic}")
+    (attributes,) = attributes_of([span])
+    assert attributes["messaging.batch.message_count"] == 50
+    offsets = [link["messaging.kafka.offset"] for link in attributes_of(span.links)]
+    assert offsets == list(range(30, 50))
+    # The SDK keeps no more than its limit whatever it is given: the sampler is given
+    # what was built.
+    (creation,) = [c for c in recorder.sampler.creations if c.name == span.name]
+    assert creation.links == 20

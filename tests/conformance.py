@@ -7,6 +7,7 @@ Whatever the tests produce goes through here: the recorder that they share calls
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,15 @@ TYPES = {"string": str, "int": int, "boolean": bool, "double": float}
 # The facts of a span by its kind and the type of its operation.
 BY_KIND = {
     (span["kind"], span["operation_type"]): span for span in FACTS["spans"].values()
+}
+# kafka-python's own, named after the Java client's: test_own_metrics has more of them.
+CLIENT_METRIC = re.compile(r"kafka\.(producer|consumer)\.\w+")
+CLIENT_ATTRIBUTES = {
+    name: {"type": "string", "level": "recommended"}
+    for name in (
+        *("client-id", "messaging.kafka.cluster.id"),
+        *("topic", "partition", "node-id"),
+    )
 }
 BY_METRIC = {
     **{metric["metric"]: metric for metric in FACTS["metrics"].values()},
@@ -203,6 +213,8 @@ def check_metrics(metrics: Iterable[Metric]) -> None:
 
 def _check_metric(metric: Metric) -> Iterable[str]:
     facts = BY_METRIC.get(metric.name)
+    if CLIENT_METRIC.fullmatch(metric.name):
+        facts = {"unit": "", "instrument": "Gauge", "attributes": CLIENT_ATTRIBUTES}
     if facts is None:
         yield f"{metric.name}: the convention has no such metric"
         return

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from kafka import TopicPartition
 from opentelemetry import metrics
 from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.metrics import Counter, MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    InMemoryMetricReader,
+    NumberDataPoint,
+)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from clients import Clients, poll, poll_records
+from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Recorder
 
 OPERATION = "messaging.client.operation.duration"
 PROCESS = "messaging.process.duration"
 SENT = "messaging.client.sent.messages"
 CONSUMED = "messaging.client.consumed.messages"
+MESSAGES = 100_000
 
 
 def metric(recorder: Recorder, name: str) -> Any:
@@ -189,3 +201,105 @@ def test_a_global_provider_that_is_set_late_is_noticed(
     producer.send(clients.topic, b"3").get(30)
     producer.flush()
     assert recorder.count(SENT) == before + 1
+
+
+def test_counts_go_on_through_another_instrumentation(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    producer = clients.producer()
+    for _ in range(3):
+        instrument()
+        producer.send(clients.topic, b"value").get(DEADLINE)
+        producer.flush()
+        KafkaPythonInstrumentor().uninstrument()
+    producer.send(clients.topic, b"value").get(DEADLINE)
+    assert recorder.count(SENT) == 3
+    assert recorder.count(OPERATION, messaging_operation_name="send") == 3
+
+
+def test_two_readers_see_the_same_each_in_its_temporality(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    delta = InMemoryMetricReader(
+        preferred_temporality={Counter: AggregationTemporality.DELTA}
+    )
+    cumulative = InMemoryMetricReader()
+    provider = MeterProvider([delta, cumulative], shutdown_on_exit=False)
+    instrument(meter_provider=provider)
+
+    def count(reader: InMemoryMetricReader) -> int:
+        data = reader.get_metrics_data()
+        assert data is not None
+        (points,) = [
+            metric.data.data_points
+            for metric in data.resource_metrics[0].scope_metrics[0].metrics
+            if metric.name == SENT
+        ]
+        (point,) = points
+        assert isinstance(point, NumberDataPoint)
+        return int(point.value)
+
+    clients.send(b"1", b"2")
+    assert (count(delta), count(cumulative)) == (2, 2)
+    clients.send(b"3")
+    assert (count(delta), count(cumulative)) == (1, 3)
+    provider.shutdown()
+
+
+def test_what_is_kept_is_bounded_by_the_distinct_attributes(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    # Whatever comes and goes: clients, messages, keys.
+    for number in range(5):
+        producer = clients.producer(client_id=f"client-{number}")
+        for _ in range(20):
+            producer.send(topic, b"value", key=b"%d" % number)
+        producer.close()
+    assert len(recorder.points(SENT)) == 1
+    assert len(recorder.points(OPERATION)) == 1
+    assert recorder.count(SENT) == 100
+
+
+THREADS = 16
+
+
+def test_many_threads_lose_no_count(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    # So many spans would take long; the counts do not depend on them.
+    instrument(tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False))
+    clients.create_topic(THREADS)
+    producers = [clients.producer(linger_ms=5) for _ in range(2)]
+    each = MESSAGES // THREADS
+
+    def produce(thread: int) -> None:
+        for _ in range(each):
+            producers[thread % 2].send(topic, b"value", partition=thread)
+
+    def consume(thread: int) -> int:
+        consumer = clients.consumer()
+        consumer.unsubscribe()
+        consumer.assign([TopicPartition(topic, thread)])
+        count = 0
+        if thread % 2:
+            for _ in consumer:
+                count += 1
+                if count == each:
+                    return count
+        while count < each:
+            count += sum(map(len, poll(consumer).values()))
+        return count
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(produce, range(THREADS)))
+        for producer in producers:
+            producer.flush()
+        ends = clients.consumer().end_offsets(
+            [TopicPartition(topic, thread) for thread in range(THREADS)]
+        )
+        consumed = list(pool.map(consume, range(THREADS)))
+    assert sum(ends.values()) == sum(consumed) == MESSAGES
+    for partition, end in ends.items():
+        of_partition = {"messaging_destination_partition_id": str(partition.partition)}
+        assert recorder.count(SENT, **of_partition) == end
+        assert recorder.count(CONSUMED, **of_partition) == end

@@ -27,8 +27,10 @@ LEVELS = [
     {"_messages", "_operation"},
     {
         *("_propagation", "_attributes", "_exceptions", "_metrics"),
-        *("_client", "_loops", "_coexistence"),
+        *("_loops", "_coexistence"),
     },
+    {"_own_metrics"},
+    {"_client"},
     {"_config"},
     {"_semconv", "_safety"},
     {"package"},

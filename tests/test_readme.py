@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
 from clients import DEADLINE, Clients
+from conftest import Instrument
 from otel_kafka_python import _config, _semconv
 from recorder import Recorder
 from scripts import run
@@ -102,6 +105,31 @@ def test_the_code_of_process_span_runs(
 
 
 PREFIXES = {"messaging", "server", "network", "kafka"}
+
+
+def test_the_view_keeps_only_what_it_names(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    reader = InMemoryMetricReader()
+    names: dict[str, Any] = {
+        "MeterProvider": lambda **settings: MeterProvider([reader], **settings)
+    }
+    code = block("python", "View(").replace(
+        "from opentelemetry.sdk.metrics import MeterProvider\n", ""
+    )
+    exec(code, names)
+    instrument(meter_provider=names["meter_provider"])
+    clients.send(b"lamp")
+    data = reader.get_metrics_data()
+    assert data is not None
+    (scope,) = data.resource_metrics[0].scope_metrics
+    for metric in scope.metrics:
+        for point in metric.data.data_points:
+            assert dict(point.attributes or {}) == {
+                "messaging.operation.name": "send",
+                "messaging.destination.name": topic,
+            }
+    names["meter_provider"].shutdown()
 
 
 def table(heading: str) -> list[list[str]]:

@@ -20,9 +20,10 @@ The modules, from the outside in; each imports only from those below it:
     _attributes     pure functions from facts to attributes and span names
     _exceptions     where the exceptions that operations fail with are recorded
     _metrics        the instruments, and whether anyone collects
-    _client         kafka-python's insides and what differs between its versions
     _loops          whether a `for` statement is asking for the next record
     _coexistence    what happens beside the contrib package
+    _own_metrics    kafka-python's own metrics, observed when they are collected
+    _client         kafka-python's insides and what differs between its versions
     _config         the settings; the only reader of environment variables
     _semconv        the names, and the release of the conventions they are from
     _safety         how failures of telemetry are kept from the application

@@ -136,9 +136,9 @@ class Clients:
             weakref.WeakKeyDictionary()
         )
 
-    def all(self) -> list[Client]:
-        """Those of all clients that are alive."""
-        return list(self._known.values())
+    def living(self) -> list[tuple[Any, Client]]:
+        """All clients that are alive, and their facts."""
+        return list(self._known.items())
 
     def get(self, instance: Any) -> Client:
         """The facts of a client, up to date with its metadata.
@@ -301,6 +301,78 @@ def offsets_by_partition(offsets: Any) -> dict[tuple[str, int], int]:
         }
     except (AttributeError, TypeError, ValueError):
         return {}
+
+
+def kind_of(instance: Any) -> str | None:
+    """Whether it is a "producer" or a "consumer"; None of what is neither."""
+    from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (see the top)
+
+    if isinstance(instance, KafkaProducer):
+        return "producer"
+    return "consumer" if isinstance(instance, KafkaConsumer) else None
+
+
+class OwnMetric(NamedTuple):
+    """A value of a metric that kafka-python keeps itself."""
+
+    value: float
+    tags: dict[str, str]  # `topic`, `partition`, `node-id`, where it is of one
+
+
+def own_metrics(instance: Any, kind: str, name: str) -> list[OwnMetric]:
+    """The values of one metric of a producer or consumer.
+
+    Args:
+        instance: The client.
+        kind: "producer" or "consumer".
+        name: The metric's name, as kafka-python has it.
+    """
+    found = []
+    # None where the client was told to keep none (3.0 and later).
+    for metric, keeper in (instance.metrics(raw=True) or {}).items():
+        if metric.name != name or not metric.group.startswith(kind):
+            continue
+        tags = {}
+        if topic := metric.tags.get("topic"):
+            tags["topic"] = _topic_of_tag(instance, topic)
+        # Of a node or a topic the group is named, too.
+        _, _, of_node = metric.group.partition("-node-metrics.")
+        _, _, of_topic = metric.group.partition("-topic-metrics.")
+        if of_node:
+            tags["node-id"] = of_node
+        if of_topic:
+            tags["topic"] = of_topic
+        value = keeper.value()
+        if isinstance(value, (int, float)):
+            found.append(OwnMetric(value, tags))
+    return found
+
+
+def _topic_of_tag(consumer: Any, tag: str) -> str:
+    """The topic of a tag, in which kafka-python has replaced each dot."""
+    topics = {partition.topic for partition in list(_assigned(consumer))}
+    named = [topic for topic in topics if topic.replace(".", "_") == tag]
+    return named[0] if len(named) == 1 else tag
+
+
+def _assigned(consumer: Any) -> dict[Any, Any]:
+    assigned: dict[Any, Any] = consumer._subscription.assignment
+    return assigned
+
+
+def record_lags(consumer: Any) -> list[OwnMetric]:
+    """How many records each partition has that the consumer has not been given.
+
+    As far as the last fetch has told: no request is made.
+    """
+    lags = []
+    for (topic, partition), state in list(_assigned(consumer).items()):
+        # Up to 2.0 it is an int.
+        position = getattr(state._position, "offset", state._position)
+        if position is not None and state.highwater is not None:
+            tags = {"topic": topic, "partition": str(partition)}
+            lags.append(OwnMetric(max(0, state.highwater - position), tags))
+    return lags
 
 
 def transaction_group(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:

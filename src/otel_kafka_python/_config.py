@@ -49,6 +49,7 @@ class Config:
     capture_headers: tuple[str, ...] = ()
     capture_queue_time: bool = False
     next_process_spans: bool = False
+    client_metrics: bool = False
     # The SDK keeps the newest links up to its own limit; building more is waste.
     link_limit: int = _DEFAULT_LINK_LIMIT
     # Whether exceptions are recorded as events of their spans, and as log events.
@@ -198,4 +199,5 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "capture_headers": _globs,
     "capture_queue_time": _boolean,
     "next_process_spans": _boolean,
+    "client_metrics": _boolean,
 }

@@ -62,6 +62,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         capture_headers: str | Iterable[str] | None = None,
         capture_queue_time: bool | None = None,
         next_process_spans: bool | None = None,
+        client_metrics: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Trace all producers and consumers, those that live already, too.
@@ -107,6 +108,8 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             next_process_spans: Whether `next(consumer)` makes a process span that
                 is current until the consumer is asked for more or is closed.
                 Default: false.
+            client_metrics: Whether kafka-python's own metrics and the consumers' lag
+                are exported, too. Default: false.
             **kwargs: `skip_dep_check` and `raise_exception_on_conflict`, as
                 every instrumentor takes them.
         """
@@ -128,6 +131,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             capture_headers=capture_headers,
             capture_queue_time=capture_queue_time,
             next_process_spans=next_process_spans,
+            client_metrics=client_metrics,
             **kwargs,
         )
 
@@ -160,7 +164,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
         if self._telemetry is not None:
             self._telemetry.active = False
-            for client in self._telemetry.clients.all():
+            for _, client in self._telemetry.clients.living():
                 _processing.release(client)
             self._telemetry = None
         _processing.use(None)

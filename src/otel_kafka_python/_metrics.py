@@ -12,6 +12,7 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
+from otel_kafka_python._own_metrics import Living, observe
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,
     KAFKA_RECORD_QUEUE_TIME,
@@ -41,10 +42,15 @@ class Metrics:
 
     Args:
         provider: The meter provider; the global one if None.
+        living: Gives the clients whose own metrics are observed; None if nobody
+            has asked for these.
     """
 
-    def __init__(self, provider: MeterProvider | None) -> None:
+    def __init__(
+        self, provider: MeterProvider | None, living: Living | None = None
+    ) -> None:
         self._provider = provider
+        self._living = living
         self._instruments: Instruments | None = None
 
     def instruments(self) -> Instruments | None:
@@ -62,6 +68,8 @@ class Metrics:
                 meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
                 if not _is_of_api(meter):
                     self._instruments = _create_instruments(meter)
+                    if self._living is not None:
+                        observe(provider, meter, self._living)
         return self._instruments
 
 

@@ -128,11 +128,16 @@ class Telemetry:
         self.config = config
         self.clients = Clients()
         self.active = True
-        self._metrics = Metrics(meter_provider)
+        self._metrics = Metrics(
+            meter_provider, self._living if config.client_metrics else None
+        )
         self._exceptions = Exceptions(config, logger_provider)
         self._tracer = trace.get_tracer(
             "otel_kafka_python", __version__, tracer_provider, SCHEMA_URL
         )
+
+    def _living(self) -> list[tuple[Any, Client]]:
+        return self.clients.living() if self.active else []
 
     def is_enabled(self) -> bool:
         """Whether operations are traced now: not uninstrumented, not suppressed."""

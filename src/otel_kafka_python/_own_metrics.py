@@ -1,0 +1,144 @@
+"""kafka-python's own metrics, observed when they are collected.
+
+They are named as the OpenTelemetry Java agent names those of the Java client, which
+kafka-python has its metrics from. All of them are gauges: kafka-python has rates,
+averages and maxima. Nothing here asks the broker for anything.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from otel_kafka_python import _client
+from otel_kafka_python._client import Client, OwnMetric
+from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import MESSAGING_KAFKA_CLUSTER_ID
+
+_OF_CONNECTIONS = (
+    *("connection-close-rate", "connection-count", "connection-creation-rate"),
+    *("incoming-byte-rate", "outgoing-byte-rate", "network-io-rate"),
+    *("request-latency-avg", "request-latency-max", "request-rate"),
+    *("request-size-avg", "request-size-max", "response-rate"),
+    *("throttle-time-avg", "throttle-time-max"),
+    # Up to 2.3.
+    *("io-ratio", "io-time-ns-avg", "io-wait-ratio", "io-wait-time-ns-avg"),
+    "select-rate",
+)
+NAMES = {
+    "producer": (
+        *_OF_CONNECTIONS,
+        *("batch-size-avg", "batch-size-max", "bufferpool-wait-ratio", "byte-rate"),
+        *("compression-rate", "compression-rate-avg", "metadata-age"),
+        *("produce-throttle-time-avg", "produce-throttle-time-max"),
+        *("record-error-rate", "record-queue-time-avg", "record-queue-time-max"),
+        *("record-retry-rate", "record-send-rate", "record-size-avg"),
+        *("record-size-max", "records-per-request-avg", "requests-in-flight"),
+    ),
+    "consumer": (
+        *_OF_CONNECTIONS,
+        *("assigned-partitions", "bytes-consumed-rate", "commit-latency-avg"),
+        *("commit-latency-max", "commit-rate", "fetch-latency-avg"),
+        *("fetch-latency-max", "fetch-rate", "fetch-size-avg", "fetch-size-max"),
+        *("fetch-throttle-time-avg", "fetch-throttle-time-max", "heartbeat-rate"),
+        *("heartbeat-response-time-max", "join-rate", "join-time-avg"),
+        *("join-time-max", "last-heartbeat-seconds-ago", "records-consumed-rate"),
+        *("records-lag-max", "records-per-request-avg", "sync-rate"),
+        *("sync-time-avg", "sync-time-max"),
+        # Worked out here: kafka-python has only its maximum.
+        "records-lag",
+    ),
+}
+
+# What the Java client, and kafka-python's own description, have in milliseconds,
+# kafka-python has in seconds.
+_IN_SECONDS = ("record-queue-time-avg", "record-queue-time-max")
+
+Living = Callable[[], Iterable[tuple[Any, Client]]]
+
+
+class ClientMetrics:
+    """The gauges of a meter, which outlive one instrumentation.
+
+    An SDK takes no second callback for an instrument of the same name, and none back.
+
+    Args:
+        meter: Makes the gauges.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.living: Living = tuple
+        for kind, names in NAMES.items():
+            for name in names:
+                meter.create_observable_gauge(
+                    f"kafka.{kind}.{name.replace('-', '_')}",
+                    [partial(self._observe, kind, name)],
+                )
+
+    def _observe(
+        self, kind: str, name: str, _options: CallbackOptions
+    ) -> list[Observation]:
+        return [
+            observation
+            for instance, client in self.living()
+            for observation in _observations(instance, client, kind, name)
+        ]
+
+
+def _observations(
+    instance: Any, client: Client, kind: str, name: str
+) -> list[Observation]:
+    try:
+        if _client.kind_of(instance) == kind:
+            return list(_read(instance, client, kind, name))
+    except Exception:
+        report("read the metrics of a client")
+    return []
+
+
+def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Observation]:
+    if name == "records-lag":
+        found = _client.record_lags(instance)
+    else:
+        found = _client.own_metrics(instance, kind, name)
+    # Where there is one for each topic or node, what sums these up would be counted
+    # twice.
+    most = max((len(each.tags) for each in found), default=0)
+    for each in found:
+        if len(each.tags) == most and math.isfinite(each.value):
+            value = each.value * 1e3 if name in _IN_SECONDS else each.value
+            yield Observation(value, _attributes(each, client))
+
+
+def _attributes(metric: OwnMetric, client: Client) -> dict[str, str]:
+    attributes = dict(metric.tags)
+    if client.client_id is not None:
+        attributes["client-id"] = client.client_id
+    if client.cluster_id is not None:
+        attributes[MESSAGING_KAFKA_CLUSTER_ID] = client.cluster_id
+    return attributes
+
+
+_by_provider: weakref.WeakKeyDictionary[Any, ClientMetrics] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def observe(provider: Any, meter: Meter, living: Living) -> None:
+    """Observe the clients that are alive, whenever a provider collects.
+
+    Args:
+        provider: The meter provider.
+        meter: The provider's meter.
+        living: Gives the clients and their facts; none any more once the
+            instrumentation has been taken off.
+    """
+    metrics = _by_provider.get(provider)
+    if metrics is None:
+        metrics = _by_provider[provider] = ClientMetrics(meter)
+    metrics.living = living

@@ -1,0 +1,238 @@
+"""kafka-python's own metrics, and the lag of consumers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import TopicPartition
+from opentelemetry.sdk.metrics.export import NumberDataPoint
+
+from clients import DEADLINE, VERSION, Clients, poll, poll_records
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor
+from otel_kafka_python._own_metrics import NAMES
+from recorder import Log, Recorder
+
+JAVA: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "java-agent-metrics.json").read_text()
+)["metrics"]
+OURS = {
+    f"kafka.{kind}.{name.replace('-', '_')}"
+    for kind, names in NAMES.items()
+    for name in names
+}
+# What kafka-python has and the Java client has not.
+KAFKA_PYTHONS_OWN = {
+    "kafka.consumer.heartbeat_response_time_max",
+    "kafka.consumer.throttle_time_avg",
+    "kafka.consumer.throttle_time_max",
+    "kafka.producer.throttle_time_avg",
+    "kafka.producer.throttle_time_max",
+}
+# The Java client has it for each partition, kafka-python for the whole consumer; and
+# the average over topics, which kafka-python keeps apart from that of each.
+WITH_FEWER_TAGS = {"kafka.consumer.records_lag_max"}
+
+
+def seen(recorder: Recorder) -> dict[str, list[dict[str, Any]]]:
+    """The attributes of what is exported of kafka-python's own metrics, by name."""
+    return {
+        metric.name: [dict(point.attributes or {}) for point in metric.data.data_points]
+        for metric in recorder.metrics()
+        if metric.name in OURS
+    }
+
+
+def lags(recorder: Recorder) -> dict[tuple[str, str], int]:
+    return {
+        (point.attributes["topic"], point.attributes["partition"]): point.value
+        for point in recorder.points("kafka.consumer.records_lag")
+    }
+
+
+def work(clients: Clients) -> tuple[Any, Any]:
+    """A producer and a consumer that have sent and been given something."""
+    producer = clients.producer(client_id="shop")
+    for number in range(10):
+        producer.send(clients.topic, b"%d" % number).get(DEADLINE)
+    consumer = clients.consumer(client_id="shipping", group_id=clients.topic)
+    poll_records(consumer, 10)
+    consumer.commit()
+    return producer, consumer
+
+
+def test_they_are_exported_on_request_only(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    work(clients)
+    assert seen(recorder) == {}
+
+
+def test_they_have_the_java_agents_names_types_and_attributes(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(client_metrics=True)
+    clients.topic = f"{topic}.with.dots"
+    clients_alive = work(clients)
+    exported = seen(recorder)
+    assert OURS - set(JAVA) == KAFKA_PYTHONS_OWN
+    for name, points in exported.items():
+        facts = JAVA.get(name)
+        if facts is None:
+            continue
+        assert facts["type"] == "gauge"
+        expected = set(facts["attributes"])
+        if VERSION < (2, 1):
+            expected.discard("messaging.kafka.cluster.id")
+        for point in points:
+            assert set(point) <= expected, name
+            assert point["client-id"] == ("shop" if "producer" in name else "shipping")
+            if "topic" in point:
+                assert point["topic"] == clients.topic
+            if name not in WITH_FEWER_TAGS:
+                assert set(point) == expected, name
+    # Each kind is there: of the client, of a topic, of a partition, of a node.
+    assert {
+        "kafka.producer.record_size_avg",
+        "kafka.producer.record_send_rate",
+        "kafka.producer.request_latency_avg",
+        "kafka.consumer.records_consumed_rate",
+        "kafka.consumer.records_lag",
+        "kafka.consumer.records_lag_max",
+        "kafka.consumer.commit_latency_avg",
+        "kafka.consumer.fetch_rate",
+    } <= set(exported)
+    del clients_alive
+
+
+def test_the_values_are_the_clients_own(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(client_metrics=True)
+    producer, consumer = work(clients)
+    (size,) = recorder.points("kafka.producer.record_size_max")
+    assert size.value == producer.metrics()["producer-metrics"]["record-size-max"]
+    (assigned,) = recorder.points("kafka.consumer.assigned_partitions")
+    assert assigned.value == len(consumer.assignment()) == 1
+    # In milliseconds, as the Java client has it.
+    (waited,) = recorder.points("kafka.producer.record_queue_time_max")
+    kept = producer.metrics()["producer-metrics"]["record-queue-time-max"]
+    assert waited.value == pytest.approx(kept * 1000)
+    for metric in recorder.metrics():
+        if metric.name in OURS:
+            for point in metric.data.data_points:
+                assert isinstance(point, NumberDataPoint)
+                assert math.isfinite(point.value)
+
+
+def test_the_lag_of_each_partition_is_what_the_consumer_has_not_been_given(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(client_metrics=True)
+    clients.create_topic(2)
+    producer = clients.producer()
+    for partition, count in ((0, 30), (1, 7)):
+        for _ in range(count):
+            producer.send(topic, b"value", partition=partition)
+    producer.flush()
+    consumer = clients.consumer()
+    given = {"0": 0, "1": 0}
+    # It is held back on purpose: it is given a few records at a time.
+    while sum(given.values()) < 37:
+        for partition, records in poll(consumer, max_records=4).items():
+            given[str(partition.partition)] += len(records)
+        for (_, number), lag in lags(recorder).items():
+            assert lag == {"0": 30, "1": 7}[number] - given[number]
+    assert lags(recorder) == {(topic, "0"): 0, (topic, "1"): 0}
+
+
+def test_the_lag_in_a_loop_is_what_comes_after_the_record(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(client_metrics=True)
+    clients.send(*(b"value",) * 5)
+    consumer = clients.consumer()
+    seen = []
+    for record in consumer:
+        seen.append(lags(recorder)[topic, "0"])
+        if record.offset == 4:
+            break
+    assert seen == [4, 3, 2, 1, 0]
+
+
+def test_reading_them_asks_the_broker_for_nothing(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    instrument(client_metrics=True)
+    producer, consumer = work(clients)
+    client = type(consumer._client)
+
+    def send(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a request")
+
+    producer.close()
+    monkeypatch.setattr(client, "send", send)
+    monkeypatch.setattr(type(consumer), "position", send)
+    assert lags(recorder)
+    monkeypatch.undo()
+
+
+def test_clients_that_are_gone_are_not_observed(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    kept, dropped = (clients.producer(client_id=name) for name in ("kept", "dropped"))
+    for producer in (kept, dropped):
+        producer.send(clients.topic, b"value").get(DEADLINE)
+
+    def observed() -> set[str]:
+        points = recorder.points("kafka.producer.record_size_max")
+        return {point.attributes["client-id"] for point in points}
+
+    assert observed() == {"kept", "dropped"}
+    KafkaPythonInstrumentor().uninstrument()
+    assert observed() == set()
+    # And again, through the same instruments, which take no second callback.
+    instrument(client_metrics=True)
+    kept.send(clients.topic, b"value").get(DEADLINE)
+    assert observed() == {"kept"}
+    assert recorder.count("messaging.client.sent.messages") == 3
+
+
+def test_a_client_whose_metrics_cannot_be_read_is_logged_once_and_left_out(
+    instrument: Instrument, clients: Clients, recorder: Recorder, log: Log
+) -> None:
+    instrument(client_metrics=True)
+    producer, consumer = work(clients)
+
+    def metrics(raw: bool = False) -> Any:
+        raise RuntimeError("from metrics")
+
+    producer.metrics = metrics
+    assert seen(recorder)["kafka.consumer.fetch_rate"]
+    assert "kafka.producer.record_size_max" not in seen(recorder)
+    (message,) = log.take()
+    assert message.startswith("Failed to read the metrics of a client")
+    assert consumer.assignment() == {TopicPartition(clients.topic, 0)}
+
+
+def test_the_documentation_has_all_of_them() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("\n## Client metrics\n")[1].split("\n## ")[0]
+    documented: dict[str, set[str]] = {}
+    for kind, origin, names in re.findall(
+        r"^\| `kafka\.(\w+)\.` \| (.*) \| (.*) \|$", section, re.MULTILINE
+    ):
+        for name in re.findall(r"`(\w+)`", names):
+            documented.setdefault(f"kafka.{kind}.{name}", set()).add(origin)
+    assert set(documented) == OURS
+    own = {name for name, origins in documented.items() if origins == {"kafka-python"}}
+    assert own == KAFKA_PYTHONS_OWN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def test_the_demo_shows_one_trace_through_three_services(tmp_path: Path) -> None
         assert shown in done.stdout
         assert shown.replace(" ", "&#160;") in svg.read_text()
     assert "The bottleneck is payments" in done.stdout
+    assert re.search(r"messages sent +3 +3", done.stdout)
+    assert re.search(r"messages refused +1", done.stdout)
+    assert re.search(r"messages consumed +3 +3", done.stdout)
     # It needs nothing from elsewhere.
     assert "@font-face" not in svg.read_text()
     assert left_running(svg) == []
@@ -62,6 +66,6 @@ def test_the_demo_fails_where_the_traces_are_not_as_expected(tmp_path: Path) -> 
     svg = tmp_path / "demo.svg"
     done = run(svg, "--timeout", "3", OTEL_PYTHON_KAFKA_PROCESS_SPANS="false")
     assert done.returncode == 1
-    assert "The traces are not as expected: an order's spans are" in done.stderr
+    assert "The telemetry is not as expected: an order's spans are" in done.stderr
     assert not svg.exists()
     assert left_running(svg) == []

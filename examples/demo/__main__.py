@@ -37,7 +37,11 @@ ORDERS, REFUSED = 4, 1
 
 @contextlib.contextmanager
 def service(
-    name: str, broker: EmbeddedBroker, receiver: OtlpProtoTestServer, log: IO[bytes]
+    name: str,
+    broker: EmbeddedBroker,
+    receiver: OtlpProtoTestServer,
+    log: IO[bytes],
+    **environ: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service, and have it stop when the demo does."""
     launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
@@ -53,9 +57,11 @@ def service(
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_LOGS_EXPORTER": "none",
-            "OTEL_METRICS_EXPORTER": "none",
-            # The demo has no patience; a service keeps the default.
+            "OTEL_PYTHON_KAFKA_CAPTURE_QUEUE_TIME": "true",
+            # The demo has no patience; a service keeps the default. Metrics it exports
+            # when it stops.
             "OTEL_BSP_SCHEDULE_DELAY": "100",
+            **environ,
         },
     )
     try:
@@ -67,6 +73,8 @@ def service(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
@@ -75,7 +83,7 @@ def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
     impatience.start()
     try:
         if process.stdout.readline() != b"ready\n":
-            raise story.UnexpectedTraceError(f"{name} did not start")
+            raise story.UnexpectedError(f"{name} did not start")
     finally:
         impatience.cancel()
 
@@ -91,13 +99,15 @@ def collect(
         spans = story.read(received)
         try:
             return spans, story.check(spans, ORDERS, REFUSED)
-        except story.UnexpectedTraceError:
+        except story.UnexpectedError:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.05)
 
 
-def run(log: IO[bytes], timeout: float) -> tuple[list[story.Span], story.Span]:
+def run(
+    log: IO[bytes], timeout: float
+) -> tuple[list[story.Span], story.Span, story.Metrics]:
     with EmbeddedBroker() as broker, OtlpProtoTestServer() as receiver:
         admin = KafkaAdminClient(bootstrap_servers=broker.address)
         admin.create_topics([NewTopic(each, 1, 1) for each in ("orders", "payments")])
@@ -110,7 +120,10 @@ def run(log: IO[bytes], timeout: float) -> tuple[list[story.Span], story.Span]:
             wait_until_ready("shipping", shipping)
             with service("orders", broker, receiver, log) as orders:
                 orders.wait(PATIENCE)
-            return collect(receiver, timeout)
+            spans, root = collect(receiver, timeout)
+        metrics = story.read_metrics(receiver.drain_metrics())
+        story.check_metrics(metrics, ORDERS, REFUSED)
+        return spans, root, metrics
 
 
 def main() -> int:
@@ -130,14 +143,15 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryFile() as log:
         try:
-            spans, root = run(log, arguments.timeout)
-        except story.UnexpectedTraceError as error:
+            spans, root, metrics = run(log, arguments.timeout)
+        except story.UnexpectedError as error:
             log.seek(0)
-            print(f"The traces are not as expected: {error}", file=sys.stderr)
+            print(f"The telemetry is not as expected: {error}", file=sys.stderr)
             print(log.read().decode(), file=sys.stderr)
             return 1
     lines = waterfall.explain(*story.bottleneck(root))
     waterfall.show(root, story.polls(spans, root.trace_id), lines, arguments.svg)
+    waterfall.show_metrics(metrics)
     print(f" The same picture is in {arguments.svg}.")
     return 0
 

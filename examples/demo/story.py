@@ -92,13 +92,13 @@ def polls(spans: list[Span], trace_id: bytes) -> list[Span]:
     ]
 
 
-class UnexpectedTraceError(Exception):
-    """The traces are not those that they should be."""
+class UnexpectedError(Exception):
+    """The telemetry is not what it should be."""
 
 
 def expect(condition: bool, what: str) -> None:
     if not condition:
-        raise UnexpectedTraceError(what)
+        raise UnexpectedError(what)
 
 
 def check(spans: list[Span], orders: int, refused: int) -> Span:
@@ -113,11 +113,11 @@ def check(spans: list[Span], orders: int, refused: int) -> Span:
         The checkout, the root of the trace.
 
     Raises:
-        UnexpectedTraceError: Something is missing or wrong; it says what.
+        UnexpectedError: Something is missing or wrong; it says what.
     """
     root = tree(spans)
     if root is None:
-        raise UnexpectedTraceError("there is no span of the checkout")
+        raise UnexpectedError("there is no span of the checkout")
     sends = [span for span in root.children if span.name == "send orders"]
     expect(len(sends) == orders, f"{len(sends)} of {orders} sends")
     failed = [span for span in sends if span.failed]
@@ -142,6 +142,66 @@ def check(spans: list[Span], orders: int, refused: int) -> Span:
             "no poll links to a payment",
         )
     return root
+
+
+@dataclass
+class Measured:
+    """A metric of a service, over all its topics: how many, and their sum."""
+
+    count: float = 0
+    total: float = 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+
+Metrics = dict[str, dict[str, Measured]]
+"""By service, and by the metric and the operation, which may have failed."""
+
+
+def read_metrics(received: Iterable[Any]) -> Metrics:
+    """Take metrics from what an OTLP receiver has recorded."""
+    found: Metrics = {}
+    for each in received:
+        service = _values(each.resource.attributes)["service.name"]
+        kind = each.metric.WhichOneof("data")
+        for point in getattr(each.metric, kind).data_points:
+            attributes = _values(point.attributes)
+            name = " ".join(
+                (
+                    each.metric.name,
+                    *filter(None, [attributes.get("messaging.operation.name")]),
+                    *(["failed"] if "error.type" in attributes else []),
+                )
+            )
+            measured = found.setdefault(service, {}).setdefault(name, Measured())
+            if kind == "histogram":
+                measured.count += point.count
+                measured.total += point.sum
+            else:
+                measured.count += point.as_int or point.as_double
+    return found
+
+
+def check_metrics(metrics: Metrics, orders: int, refused: int) -> None:
+    """Hold the metrics against the story, as `check` does the traces."""
+    delivered = orders - refused
+    expected = {
+        ("orders", "messaging.client.sent.messages send"): delivered,
+        ("orders", "messaging.client.sent.messages send failed"): refused,
+        ("payments", "messaging.client.consumed.messages poll"): delivered,
+        ("payments", "messaging.client.sent.messages send"): delivered,
+        ("payments", "messaging.process.duration process"): delivered,
+        ("shipping", "messaging.client.consumed.messages poll"): delivered,
+        ("shipping", "kafka.record.queue_time"): delivered,
+    }
+    for (service, name), count in expected.items():
+        measured = metrics.get(service, {}).get(name, Measured())
+        expect(
+            measured.count == count,
+            f"{name} of {service} is {measured.count:g}, not {count}",
+        )
 
 
 @dataclass

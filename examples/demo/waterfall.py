@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from story import Span, Stage
+from story import Metrics, Span, Stage
 
 WIDTH = 120
 # What the columns beside the bars need, and what bars need to say anything.
@@ -107,3 +107,34 @@ def show(root: Span, polls: list[Span], lines: list[str], svg: Path) -> None:
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
     svg.parent.mkdir(parents=True, exist_ok=True)
     svg.write_text(drawn)
+
+
+ROWS = {
+    "messages sent": "messaging.client.sent.messages send",
+    "messages refused": "messaging.client.sent.messages send failed",
+    "messages consumed": "messaging.client.consumed.messages poll",
+    "a send took": "messaging.client.operation.duration send",
+    "processing one took": "messaging.process.duration process",
+    "a commit took": "messaging.client.operation.duration commit",
+    "waited in the topic": "kafka.record.queue_time",
+}
+
+
+def show_metrics(metrics: Metrics) -> None:
+    """Print a small table of what each service has measured, on average."""
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table.add_column("what the metrics say")
+    for service, colour in COLOURS.items():
+        table.add_column(Text(service, colour), justify="right")
+    for row, name in ROWS.items():
+        cells = []
+        for service in COLOURS:
+            measured = metrics.get(service, {}).get(name)
+            if measured is None:
+                cells.append("")
+            elif measured.total:
+                cells.append(milliseconds(measured.mean * 1e9))
+            else:
+                cells.append(f"{measured.count:g}")
+        table.add_row(row, *cells)
+    Console().print(table)

@@ -1,0 +1,140 @@
+"""The Grafana dashboard, against what a Prometheus exporter serves for the demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
+
+from apache_broker import free_ports
+from clients import DEADLINE, sends_large
+
+# The demo needs a broker that refuses one of its orders, and a client that sends it.
+pytestmark = sends_large
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DASHBOARD = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+EXPRESSIONS = [
+    target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]
+]
+# What an expression names that is not a metric: functions, and labels within
+# `by (…)` and `{…}`.
+METRIC = r"\b(?:messaging|kafka)_\w+"
+SERVICES = ("payments", "shipping", "orders")
+
+
+def grouped_by(expression: str) -> set[str]:
+    names = ",".join(re.findall(r"by \((.*?)\)", expression))
+    return {name.strip() for name in names.split(",")}
+
+
+def labels(expression: str) -> set[str]:
+    found = grouped_by(expression)
+    for matchers in re.findall(r"\{(.*?)\}", expression):
+        found |= set(re.findall(r"(\w+)\s*(?:=|!)", matchers))
+    return found
+
+
+def metrics(expression: str) -> set[str]:
+    without_labels = re.sub(r"by \(.*?\)|\{.*?\}", "", expression)
+    return set(re.findall(METRIC, without_labels))
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    place = EXAMPLES / "demo" / "__main__.py"
+    spec = importlib.util.spec_from_file_location("demo_main", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def served(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the services of the demo serve, in the text format of Prometheus."""
+    ports = free_ports(3)
+    with ExitStack() as stack:
+        broker = stack.enter_context(demo.EmbeddedBroker())
+        receiver = stack.enter_context(OtlpProtoTestServer())
+        log = stack.enter_context((tmp_path_factory.mktemp("demo") / "log").open("wb"))
+        for name, port in zip(SERVICES, ports, strict=True):
+            process = stack.enter_context(
+                demo.service(
+                    name,
+                    broker,
+                    receiver,
+                    log,
+                    OTEL_METRICS_EXPORTER="prometheus",
+                    OTEL_EXPORTER_PROMETHEUS_HOST="127.0.0.1",
+                    OTEL_EXPORTER_PROMETHEUS_PORT=str(port),
+                    OTEL_PYTHON_KAFKA_CLIENT_METRICS="true",
+                    OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="kafka",
+                )
+            )
+            if name != "orders":
+                demo.wait_until_ready(name, process)
+        return "\n".join(
+            wait_for(port, name)
+            for name, port in zip(SERVICES, ports, strict=True)
+            if name != "orders"
+        )
+
+
+def wait_for(port: int, service: str) -> str:
+    """The metrics of a service, once it has handled what the demo sends."""
+    last = {
+        "payments": 'messaging_client_sent_messages_total{.*"send".* 3',
+        "shipping": 'operation_duration_seconds_count{.*"commit".*',
+    }[service]
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            text: str = response.read().decode()
+        if re.search(last, text):
+            return text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.05)
+
+
+def label_sets(served: str, metric: str) -> Iterator[set[str]]:
+    for found in re.findall(rf"^{metric}\{{(.*)\}} ", served, re.MULTILINE):
+        yield set(re.findall(r'(\w+)="', found))
+
+
+def test_there_is_something_to_show() -> None:
+    assert len(EXPRESSIONS) >= 9
+    assert all(metrics(expression) for expression in EXPRESSIONS)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_each_metric_and_label_is_one_that_is_served(
+    served: str, expression: str
+) -> None:
+    # The order that is refused is that of a service that has gone by then.
+    wanted = labels(expression) - {"error_type"}
+    for metric in metrics(expression):
+        found = list(label_sets(served, metric))
+        assert found, f"{metric} is not served"
+        assert any(wanted <= names for names in found), f"{wanted} of {metric}: {found}"
+
+
+def test_the_legends_name_labels_of_their_expressions() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            assert named == grouped_by(target["expr"]) - {"le"}
+
+
+def test_a_metric_that_is_not_served_is_seen(served: str) -> None:
+    assert list(label_sets(served, "messaging_client_sent_message_total")) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -210,3 +212,19 @@ def test_uninstrumented_a_callback_is_passed_as_it_is(
     add(call)
     assert call in future._callbacks
     assert "add_callback" not in vars(FutureRecordMetadata)
+
+
+def test_a_future_that_is_done_keeps_no_context(instrumented: None) -> None:
+    class Kept:
+        pass
+
+    kept = Kept()
+    dropped = weakref.ref(kept)
+    future = unsent()
+    token = context.attach(context.set_value("kept", kept))
+    future.add_callback(lambda _: None)
+    context.detach(token)
+    future.success(None)
+    del kept, token
+    gc.collect()
+    assert dropped() is None

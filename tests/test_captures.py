@@ -152,6 +152,17 @@ def test_the_propagators_own_fields_are_never_captured(
         assert headers_of(dict(span.attributes or {})) == {"color": ("red",)}
 
 
+def test_nor_is_the_baggage_of_a_propagator_with_a_header_for_each_entry(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(capture_headers="*")
+    headers = [("uberctx-user", b"secret"), ("ot-baggage-user", b"secret")]
+    clients.send(b"value", headers=headers)
+    next(clients.consumer())
+    for span in recorder.ended:
+        assert headers_of(dict(span.attributes or {})) == {}
+
+
 def test_captured_headers_are_there_for_samplers(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

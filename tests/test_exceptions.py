@@ -121,6 +121,40 @@ def test_a_log_event_is_there_for_what_is_not_sampled_too(
     assert event.trace_id
 
 
+def test_a_log_event_is_there_for_what_has_no_span(
+    monkeypatch: pytest.MonkeyPatch,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+) -> None:
+    monkeypatch.setenv(SIGNAL, "logs")
+    instrument(send_spans=False)
+    with recorder.tracer.start_as_current_span("request") as request:
+        fail_to_send(clients)
+    (event,) = recorder.events()
+    assert event.span_id == request.get_span_context().span_id
+
+
+def test_an_exception_that_cannot_say_what_it_is_makes_a_log_event(
+    monkeypatch: pytest.MonkeyPatch,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+) -> None:
+    class Mute(Broken):
+        def __str__(self) -> str:
+            raise RuntimeError("from __str__")
+
+    monkeypatch.setenv(SIGNAL, "logs")
+    instrument()
+    clients.send(b"value")
+    with pytest.raises(Mute), process_span(next(clients.consumer())):
+        raise Mute
+    (event,) = recorder.events()
+    assert event.attributes is not None
+    assert str(event.attributes["exception.message"]).endswith("Mute")
+
+
 def test_a_logger_that_fails_harms_nobody(
     monkeypatch: pytest.MonkeyPatch,
     instrument: Instrument,

@@ -18,7 +18,12 @@ from kafka.producer.future import FutureRecordMetadata
 
 from clients import Clients
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _instrumentor, _patches
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _client,
+    _instrumentor,
+    _patches,
+)
 from otel_kafka_python.package import _instruments_any
 from recorder import Log, Recorder
 from scripts import run
@@ -218,6 +223,22 @@ def test_instrumenting_never_raises(
     (message,) = log.take()
     assert message.startswith("Failed to instrument kafka-python")
     KafkaPythonInstrumentor().uninstrument()
+
+
+def test_uninstrumenting_reverts_whatever_fails(
+    instrument: Instrument, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = methods()
+    instrument()
+
+    def living(_: object) -> Any:
+        raise RuntimeError("changed during iteration")
+
+    monkeypatch.setattr(_client.Clients, "living", living)
+    KafkaPythonInstrumentor().uninstrument()
+    (message,) = log.take()
+    assert message.startswith("Failed to leave the scopes of consumers")
+    assert all(a is b for a, b in zip(methods(), before, strict=True))
 
 
 def test_patching_that_fails_half_way_leaves_nothing(

@@ -19,6 +19,7 @@ from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 from clients import DEADLINE, IS_NG, Clients
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python._processing import Scope
 from recorder import Recorder
 from scripts import run
 
@@ -195,6 +196,38 @@ def test_unless_asked_for_nothing_is_current(
     clients.send(b"1")
     next(clients.consumer())
     assert current() is None
+
+
+def test_a_next_inside_a_span_leaves_nothing_behind(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(next_process_spans=True)
+    clients.send(*(b"value",) * 20)
+    consumer = clients.consumer()
+    for _ in range(20):
+        with recorder.tracer.start_as_current_span("job"):
+            next(consumer)
+    alive = [each for each in gc.get_objects() if isinstance(each, Scope)]
+    assert len(alive) == 1
+    consumer.close()
+    assert current() is None
+    assert len(recorder.named(f"process {topic}")) == 20
+
+
+def test_what_a_block_over_several_records_restores_is_undone(
+    consumer: Any, recorder: Recorder, topic: str
+) -> None:
+    next(consumer)
+    with recorder.tracer.start_as_current_span("block"):
+        next(consumer)
+    next(consumer)
+    assert current() == f"process {topic}"
+    consumer.close()
+    assert current() is None
+    first, second, third = recorder.named(f"process {topic}")
+    block = recorder.one("block")
+    assert parents([block, second]) == ids([first, block])
+    assert parents([third]) == ids([recorder.named(f"send {topic}")[2]])
 
 
 ENQUEUE = """

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kafka.errors
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.consumer import ConsumerCoordinator
+from kafka.future import Future
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, committable, poll, poll_records
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _client
+from otel_kafka_python._settlement import LookUp
 from recorder import Recorder, attributes_of
 
 
@@ -466,3 +472,126 @@ def test_commits_that_have_no_answer_end_with_the_consumer(
         clients.send(b"2")  # ends what finalisers have left behind
     assert recorder.open() == []
     assert len(commits(recorder)) == 1
+
+
+def test_it_is_the_answer_and_not_the_look_up_of_the_coordinator_that_ends_it(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    consumer.commit(committable(topic, 1))  # by which the coordinator is connected
+    recorder.ended.clear()
+    # No broker refuses a commit at a moment that is known.
+    answer = Future()
+
+    async def wait_for_it(*_: Any) -> Any:
+        return await answer
+
+    request = wait_for_it if VERSION >= (3, 0) else lambda *_: answer
+    monkeypatch.setattr(ConsumerCoordinator, "_send_offset_commit_request", request)
+    consumer._coordinator.coordinator_dead("as when it has moved")
+    looked_up = consumer.commit_async(committable(topic, 1))
+    until(lambda: looked_up.is_done, consumer.topics)
+    assert commits(recorder) == []
+    answer.failure(kafka.errors.GroupAuthorizationFailedError(topic))
+    until(lambda: bool(commits(recorder)), consumer.topics)
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert attributes["error.type"] == "GROUP_AUTHORIZATION_FAILED"
+
+
+def test_commits_whose_coordinator_is_not_found_are_not_kept(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+
+    def look_up(*_: Any) -> Any:
+        return Future().failure(kafka.errors.NodeNotReadyError("as in an outage"))
+
+    monkeypatch.setattr(ConsumerCoordinator, "lookup_coordinator", look_up)
+    offsets = committable(topic, 1)
+    settled: list[Any] = []
+    for _ in range(5):
+        consumer.commit_async(offsets, lambda *answer: settled.append(answer))
+    assert commits(recorder) == [f"commit {topic}"] * 5
+    kept = [each for each in gc.get_objects() if isinstance(each, LookUp)]
+    assert kept == []
+
+
+def test_threads_that_commit_make_a_span_for_each_commit(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    # Up to 2.3 a consumer is for one thread at a time.
+    lock = contextlib.nullcontext() if VERSION >= (3, 0) else threading.Lock()
+
+    def commit(_: int) -> None:
+        with lock:
+            consumer.commit(committable(topic, 1))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(commit, range(40)))
+    assert len(commits(recorder)) == 40
+
+
+def test_what_a_callback_commits_while_the_consumer_closes_is_asked_for(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll(consumer)
+
+    def commit_again(*_: Any) -> None:
+        consumer.commit(committable(topic, 1))
+
+    future = consumer.commit_async(committable(topic, 1), commit_again)
+    until(lambda: future.is_done, consumer.topics)
+    consumer.close()
+    assert commits(recorder) == [f"commit {topic}"] * 2
+
+
+class Incomparable:
+    """A callback that does not want to be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("compared")
+
+    __hash__ = None  # type: ignore[assignment]  # as with `__eq__` alone
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+def test_the_applications_callback_is_not_compared(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    future = consumer.commit_async(committable(topic, 1), Incomparable())
+    until(lambda: future.is_done, consumer.topics)
+    assert commits(recorder) == [f"commit {topic}"]
+
+
+def test_a_suppressed_commit_has_moved_the_offset(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(commit_spans="all")
+    clients.send(b"1")
+    consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll(consumer)
+    with suppress_instrumentation():
+        consumer.commit()
+    consumer.close()
+    assert commits(recorder) == []

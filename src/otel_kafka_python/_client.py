@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MethodType
 from typing import Any, NamedTuple
 
 _DEFAULT_PORT = 9092
@@ -138,7 +139,14 @@ class Clients:
 
     def living(self) -> list[tuple[Any, Client]]:
         """All clients that are alive, and their facts."""
-        return list(self._known.items())
+        # Other threads may add to them meanwhile: the references are copied at once.
+        found = []
+        for reference in self._known.keyrefs():
+            instance = reference()
+            client = None if instance is None else self._known.get(instance)
+            if client is not None:
+                found.append((instance, client))
+        return found
 
     def get(self, instance: Any) -> Client:
         """The facts of a client, up to date with its metadata.
@@ -272,8 +280,13 @@ def is_auto_commit(
     coordinator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
     """Whether a call of `commit_offsets_async` is by the client itself."""
-    own = getattr(coordinator, _AUTO_COMMIT_CALLBACK, None)
-    return own is not None and argument(args, kwargs, 1, "callback") == own
+    callback = argument(args, kwargs, 1, "callback")
+    # By what it is, because what the application passes may compare in its own way.
+    return (
+        isinstance(callback, MethodType)
+        and callback.__self__ is coordinator
+        and callback.__name__ == _AUTO_COMMIT_CALLBACK
+    )
 
 
 def coordinator_broker(coordinator: Any) -> Server | None:

@@ -9,10 +9,17 @@ from __future__ import annotations
 import time
 import traceback
 
-from opentelemetry._logs import LoggerProvider, LogRecord, SeverityNumber, get_logger
+from opentelemetry._logs import (
+    Logger,
+    LoggerProvider,
+    LogRecord,
+    SeverityNumber,
+    get_logger,
+)
 from opentelemetry.trace import Span, set_span_in_context
 
 from otel_kafka_python._config import Config
+from otel_kafka_python._safety import text_of
 from otel_kafka_python._semconv import (
     EXCEPTION_MESSAGE,
     EXCEPTION_STACKTRACE,
@@ -38,32 +45,41 @@ class Exceptions:
                 "otel_kafka_python", __version__, provider, SCHEMA_URL
             )
 
-    def record(self, span: Span, operation_type: str, error: BaseException) -> None:
+    def record(
+        self, span: Span | None, operation_type: str, error: BaseException
+    ) -> None:
         """Record what an operation failed with.
 
         Args:
-            span: Its span, which need not be sampled.
+            span: Its span, which need not be sampled, if it has one.
             operation_type: Its `messaging.operation.type`.
             error: The exception.
         """
-        if self._on_spans and span.is_recording():
-            span.record_exception(error)
-        if self._logger is None:
-            return
+        try:
+            if self._logger is not None:
+                self._emit(self._logger, span, operation_type, error)
+        finally:
+            if self._on_spans and span is not None and span.is_recording():
+                span.record_exception(error)
+
+    @staticmethod
+    def _emit(
+        logger: Logger, span: Span | None, operation_type: str, error: BaseException
+    ) -> None:
         is_process = operation_type == "process"
         severity = SeverityNumber.ERROR if is_process else SeverityNumber.WARN
         now = time.time_ns()
-        self._logger.emit(
+        logger.emit(
             LogRecord(
                 timestamp=now,
                 observed_timestamp=now,
-                context=set_span_in_context(span),
+                context=None if span is None else set_span_in_context(span),
                 severity_text=severity.name,
                 severity_number=severity,
                 event_name=f"messaging.{operation_type}.exception",
                 attributes={
                     EXCEPTION_TYPE: _qualified_name(type(error)),
-                    EXCEPTION_MESSAGE: str(error),
+                    EXCEPTION_MESSAGE: text_of(error),
                     EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
                 },
             )

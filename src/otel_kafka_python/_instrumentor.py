@@ -164,8 +164,11 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
         if self._telemetry is not None:
             self._telemetry.active = False
-            for _, client in self._telemetry.clients.living():
-                _processing.release(client)
+            try:
+                for _, client in self._telemetry.clients.living():
+                    _processing.release(client)
+            except Exception:
+                report("leave the scopes of consumers")
             self._telemetry = None
         _processing.use(None)
         _patches.revert(self._layers)

@@ -20,7 +20,7 @@ from otel_kafka_python._config import Config
 from otel_kafka_python._propagation import (
     creation_context,
     extract,
-    propagated_fields,
+    is_propagated,
 )
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
@@ -109,9 +109,8 @@ def _attributes_of(config: Config, record: Record) -> Attributes:
 
 def captured_headers(config: Config, headers: Any) -> Attributes:
     """What `capture_headers` asks for; the propagators' own fields never."""
-    fields = propagated_fields()
     return header_attributes(
-        headers, lambda name: name not in fields and config.captures(name)
+        headers, lambda name: not is_propagated(name) and config.captures(name)
     )
 
 

@@ -46,7 +46,7 @@ from otel_kafka_python._client import Client, Clients
 from otel_kafka_python._config import Config
 from otel_kafka_python._exceptions import Exceptions
 from otel_kafka_python._metrics import Metrics
-from otel_kafka_python._safety import report
+from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
     MESSAGING_CONSUMER_GROUP_NAME,
@@ -311,11 +311,10 @@ class Operation:
                 OUTCOME_UNKNOWN if error is None else _client.error_type(error)
             )
             span = self.span
-            if span is None:
-                return
-            if span.is_recording():
+            if span is not None and span.is_recording():
+                said = "the outcome is unknown" if error is None else text_of(error)
                 span.set_attribute(ERROR_TYPE, self.error_type)
-                span.set_status(Status(StatusCode.ERROR, _message(error)))
+                span.set_status(Status(StatusCode.ERROR, said))
             if error is not None:
                 facts = self.facts
                 facts.exceptions.record(span, facts.event_type, error)
@@ -458,16 +457,6 @@ class Answered(Operation):
 
     def __del__(self) -> None:
         leave_behind(self)
-
-
-def _message(error: BaseException | None) -> str:
-    """The description of a status."""
-    if error is None:
-        return "the outcome is unknown"
-    try:
-        return str(error)
-    except Exception:
-        return type(error).__qualname__
 
 
 def count_records(

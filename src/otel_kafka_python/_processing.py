@@ -72,7 +72,7 @@ class Processed:
         outer: What the scope around it accounts for.
     """
 
-    __slots__ = ("_created", "_links", "outer", "records")
+    __slots__ = ("_created", "_links", "base", "left_in", "outer", "records")
 
     def __init__(
         self, records: Sequence[Record], links: Sequence[Link], outer: Processed | None
@@ -80,6 +80,10 @@ class Processed:
         self.records = records
         self.outer = outer
         self._links = links
+        # Set when the scope is left while it is covered and nothing bounds it: whoever
+        # covered it restores this context, for which that around it stands.
+        self.left_in: Context | None = None
+        self.base: Context | None = None
         self._created: frozenset[tuple[int, int]] | None = None
 
     def carries(self, created: SpanContext) -> bool:
@@ -173,8 +177,19 @@ class Scope(Operation):
         # Scopes that were entered later (the other consumers' of a `zip`) give way.
         if not self.is_covered(later):
             self.undo()
+        elif not self.is_bounded:
+            self._unlink(later)
         if self._below is not None:
             undo_left()
+
+    def _unlink(self, later: Sequence[Scope]) -> None:
+        """Be no scope of this context any more; what covers it may last for ever."""
+        self.processed.left_in, self.processed.base = self._attached, self._base
+        if later:
+            later[-1]._below = self._below
+        else:
+            _innermost.set(self._below)
+        self._marker = self._token = None
 
     def is_entered_here(self) -> bool:
         """Whether the code that runs now is in this scope, in its own context."""
@@ -313,7 +328,16 @@ def _base() -> Context:
         if context is scope._attached and scope._base is not None:
             context = scope._base
         scope = scope._below
-    return context
+    return _live(context)
+
+
+def _live(context: Context) -> Context:
+    """The context, or what stands for it if it is that of a scope that was left."""
+    while True:
+        processed: Any = context.get(_PROCESSED_KEY)
+        if processed is None or processed.left_in is not context:
+            return context
+        context = processed.base
 
 
 def _scope_of(record: Record) -> Scope | None:
@@ -576,6 +600,10 @@ def release(client: Client) -> None:
         held.close()
     # What could not be undone then can perhaps be now.
     undo_left()
+    current = otel_context.get_current()
+    live = _live(current)
+    if live is not current:
+        otel_context.attach(live)
 
 
 # The one that `instrument()` has set up, or the global providers' where nothing

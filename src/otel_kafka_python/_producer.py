@@ -166,10 +166,14 @@ class _InContext:
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback
-        self._context = get_current()
+        self._context: Context | None = get_current()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token = attach(self._context)
+        # Up to 2.0 the future keeps it, and the application may keep the future.
+        current, self._context = self._context, None
+        if current is None:
+            return self._callback(*args, **kwargs)
+        token = attach(current)
         try:
             return self._callback(*args, **kwargs)
         finally:

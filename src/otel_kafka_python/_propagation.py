@@ -15,6 +15,10 @@ Header = tuple[str, bytes]
 
 _EMPTY = Context()
 
+# Of a header for each entry of the baggage (Jaeger's, OpenTracing's) the propagators'
+# fields say nothing.
+_BAGGAGE_PREFIXES = ("uberctx-", "ot-baggage-")
+
 
 class _HeaderGetter(Getter[Mapping[str, Any]]):
     """Reads header values that are UTF-8; any other is as good as absent."""
@@ -60,14 +64,14 @@ def creation_context(context: Context) -> SpanContext | None:
 
 def has_propagators() -> bool:
     """Whether any propagator is configured that writes headers."""
-    return bool(propagated_fields())
+    return bool(_fields())
 
 
 def may_carry_context(headers: Any) -> bool:
     """Whether the headers of a send are a list with a field of a propagator."""
     if not headers or not isinstance(headers, list):
         return False
-    fields = propagated_fields()
+    fields = _fields()
     return any(_name(header) in fields for header in headers)
 
 
@@ -93,7 +97,7 @@ def inject(headers: Any, context: Context) -> Any:
     if not headers:
         kept = []
     else:
-        stale = propagated_fields() | carrier.keys()
+        stale = _fields() | carrier.keys()
         kept = [header for header in headers if _name(header) not in stale]
     if headers is None or type(headers) is list:
         return kept + written
@@ -102,6 +106,11 @@ def inject(headers: Any, context: Context) -> Any:
     copied = copy.copy(headers)
     copied[:] = kept + written
     return copied
+
+
+def is_propagated(name: str) -> bool:
+    """Whether a header of this name is written by the configured propagators."""
+    return name in _fields() or name.startswith(_BAGGAGE_PREFIXES)
 
 
 def _name(header: Any) -> str | None:
@@ -115,7 +124,7 @@ def _name(header: Any) -> str | None:
 _known_fields: tuple[TextMapPropagator | None, frozenset[str]] = (None, frozenset())
 
 
-def propagated_fields() -> frozenset[str]:
+def _fields() -> frozenset[str]:
     """The fields of the configured propagators, kept because they are slow to ask."""
     global _known_fields  # noqa: PLW0603 (a cache of one entry)
     propagator = propagate.get_global_textmap()

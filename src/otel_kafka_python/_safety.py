@@ -40,6 +40,14 @@ def report(action: str) -> None:
         )
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception says, or its class where it cannot."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__qualname__
+
+
 def call_hook(name: str, hook: Callable[..., object], *arguments: Any) -> None:
     """Call a hook of the application's; what it raises is logged, not raised."""
     try:

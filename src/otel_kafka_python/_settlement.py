@@ -7,6 +7,7 @@ is what is wrapped: one span for each commit, whatever way it took.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -47,18 +48,52 @@ class _State:
     committed: Offsets = field(default_factory=dict)
     # Those whose request has not been made: the coordinator is still looked up, on
     # another thread perhaps, and the request is made there.
-    waiting: list[tuple[Any, Settlement]] = field(default_factory=list)
-    # While it commits and waits: the offsets, and whether nobody asked it to.
-    in_sync: Any = None
-    is_auto: bool = False
+    waiting: list[LookUp] = field(default_factory=list)
+    # While threads commit and wait: what each does.
+    in_sync: dict[object, Any] = field(default_factory=dict)
+    # The thread whose next commit is one that nobody asked for.
+    auto_thread: int | None = None
 
     def take(self, offsets: Any) -> Settlement | None:
         """The first that waits with these very offsets; it waits no longer."""
-        for entry in self.waiting:
-            if entry[0] is offsets:
-                self.waiting.remove(entry)
-                return entry[1]
+        for entry in list(self.waiting):
+            if entry.offsets is offsets and self.drop(entry):
+                return entry.settlement
         return None
+
+    def drop(self, entry: LookUp) -> bool:
+        """Whether it has waited until now."""
+        try:
+            self.waiting.remove(entry)
+        except ValueError:
+            return False
+        return True
+
+
+class LookUp:
+    """A commit whose coordinator is looked up; it is the callback of that future.
+
+    Args:
+        state: The state of the consumer's commits.
+        offsets: The offsets, as the application gave them.
+        settlement: The commit.
+    """
+
+    __slots__ = ("_state", "offsets", "settlement")
+
+    def __init__(self, state: _State, offsets: Any, settlement: Settlement) -> None:
+        self._state = state
+        self.offsets = offsets
+        self.settlement = settlement
+
+    def __call__(self, outcome: Any) -> None:
+        """Receive the coordinator or the exception: the request has been made or not.
+
+        Once it has been made, its own answer ends the commit. Where kafka-python
+        lacks what makes it, this is the answer.
+        """
+        if self._state.drop(self):
+            self.settlement(outcome)
 
 
 class Settlement(Answered):
@@ -90,10 +125,10 @@ class Settlement(Answered):
         self._offsets = offsets
         state.committed.update(offsets)
 
-    def follow(self, future: Any) -> None:
-        """Wait for the answer."""
+    def follow(self, future: Any, look_up: LookUp | None = None) -> None:
+        """Wait for the answer, or first for the look-up of the coordinator."""
         try:
-            _client.when_done(future, self)
+            _client.when_done(future, look_up or self)
         except Exception:
             report("follow a commit")
             self.end()
@@ -146,8 +181,13 @@ class SettlementWrappers:
     ) -> Any:
         """Wrap a commit that waits for the answer ("Settle" spans)."""
         state = self._state(instance)
-        settlement = self._begin(instance, state, args, kwargs, auto=state.is_auto)
-        around, state.in_sync = state.in_sync, _offsets(args, kwargs)
+        auto = state.auto_thread == threading.get_ident()
+        if auto:
+            # What the application's callbacks commit in it is asked for.
+            state.auto_thread = None
+        settlement = self._begin(instance, state, args, kwargs, auto=auto)
+        token = object()
+        state.in_sync[token] = _offsets(args, kwargs)
         try:
             result = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -155,7 +195,7 @@ class SettlementWrappers:
                 settlement(error)
             raise
         finally:
-            state.in_sync = around
+            del state.in_sync[token]
         if settlement is not None:
             settlement(None)
         return result
@@ -169,18 +209,16 @@ class SettlementWrappers:
         settlement = self._begin(instance, state, args, kwargs, auto=auto)
         if settlement is None:
             return wrapped(*args, **kwargs)
-        waiting = _offsets(args, kwargs), settlement
-        state.waiting.append(waiting)
+        look_up = LookUp(state, _offsets(args, kwargs), settlement)
+        state.waiting.append(look_up)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
-            if waiting in state.waiting:
-                state.waiting.remove(waiting)
+            state.drop(look_up)
             settlement.raised(error)
             raise
-        if waiting in state.waiting:
-            # It is the future of the look-up, which makes the request first.
-            settlement.follow(future)
+        if look_up in state.waiting:
+            settlement.follow(future, look_up)
         return future
 
     def request_async(
@@ -203,11 +241,11 @@ class SettlementWrappers:
     ) -> Any:
         """Wrap what commits at `close` and, up to 2.3, before a rebalance."""
         state = self._state(instance)
-        state.is_auto = True
+        state.auto_thread = threading.get_ident()
         try:
             return wrapped(*args, **kwargs)
         finally:
-            state.is_auto = False
+            state.auto_thread = None
 
     async def commit_coroutine(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
@@ -215,7 +253,8 @@ class SettlementWrappers:
         """Wrap what commits before a rebalance since 3.0."""
         state = self._state(instance)
         settlement = None
-        if _offsets(args, kwargs) is not state.in_sync:
+        offsets = _offsets(args, kwargs)
+        if all(each is not offsets for each in list(state.in_sync.values())):
             settlement = self._begin(instance, state, args, kwargs, auto=True)
         try:
             result = await wrapped(*args, **kwargs)
@@ -265,8 +304,11 @@ class SettlementWrappers:
         self, instance: Any, state: _State, args: Args, kwargs: Kwargs, *, auto: bool
     ) -> Settlement | None:
         try:
+            offsets = _offsets(args, kwargs)
             if self._telemetry.is_enabled():
-                return self._start(instance, state, _offsets(args, kwargs), auto=auto)
+                return self._start(instance, state, offsets, auto=auto)
+            # What is suppressed moves the offsets, too.
+            state.committed.update(_client.offsets_by_partition(offsets))
         except Exception:
             report("trace a commit")
         return None

@@ -24,7 +24,6 @@ from otel_kafka_python._operation import (
 )
 from otel_kafka_python._processing import (
     Records,
-    Scope,
     ScopedIterator,
     hold,
     process,
@@ -298,17 +297,18 @@ class ConsumerIterator(ScopedIterator):
             raise AttributeError(name)
         return getattr(self._consumer, name)
 
-    def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:
+    def _hand_over(self, record: Record, by_loop: bool) -> None:
         wrappers, telemetry = self._wrappers, self._wrappers.telemetry
         if not telemetry.is_enabled():
-            return None
+            return
         end_abandoned()
         client = telemetry.client(self._consumer)
         if not (by_loop and telemetry.config.process_spans):
             wrappers.receive_one(client, self._started, record, measured=False)
-            return process(telemetry, client, record) if by_loop else None
-        scope = process(telemetry, client, record)
+            if by_loop:
+                self._scope = process(telemetry, client, record)
+            return
+        scope = self._scope = process(telemetry, client, record)
         facts = telemetry.facts(client, POLL, record.topic, record.partition)
         if facts is not None:
             count_records(facts, [record], None if scope is None else scope.span)
-        return scope

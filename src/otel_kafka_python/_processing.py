@@ -141,12 +141,13 @@ class Scope(Operation):
         self._attached: Context | None = None
         self._token: Token[Context] | None = None
 
-    def enter(self, base: Context, attached: Context | None) -> None:
+    def enter(self, base: Context, context: Context) -> None:
         """Begin, until `leave`.
 
         Args:
             base: What is current around it.
-            attached: What is current in it; None if it changes nothing.
+            context: What is current in it, besides its span. Without a span
+                nothing is made current.
         """
         below = _innermost.get(None)
         while below is not None and below._marker is None:
@@ -154,9 +155,15 @@ class Scope(Operation):
         self._below = below
         self._marker = _innermost.set(self)
         self._entered = True
-        if attached is not None:
-            self._base, self._attached = base, attached
+        if self.span is None:
+            return
+        try:
+            context = otel_context.set_value(_PROCESSED_KEY, self.processed, context)
+            attached = set_span_in_context(self.span, context)
             self._token = otel_context.attach(attached)
+            self._base, self._attached = base, attached
+        except Exception:
+            report("make a process span current")
 
     def leave(self) -> None:
         """Restore the context that was current before `enter`, if that is to be done.
@@ -213,17 +220,21 @@ class Scope(Operation):
         Args:
             later: Scopes that were entered in it, which do not count.
         """
-        current = otel_context.get_current()
-        if self._attached is None or current is self._attached:
+        try:
+            current = otel_context.get_current()
+            if self._attached is None or current is self._attached:
+                return False
+            if not self.is_bounded:
+                return all(current is not each._attached for each in later)
+            span = get_current_span(current)
+            return (
+                span is not self.span
+                and all(span is not each.span for each in later)
+                and span.is_recording()
+            )
+        except Exception:
+            report("see what is current in a process span")
             return False
-        if not self.is_bounded:
-            return all(current is not each._attached for each in later)
-        span = get_current_span(current)
-        return (
-            span is not self.span
-            and all(span is not each.span for each in later)
-            and span.is_recording()
-        )
 
     def undo(self) -> bool:
         """Undo what `enter` did; not in a copy of the context that it was done in."""
@@ -234,16 +245,21 @@ class Scope(Operation):
         except ValueError:
             return False
         self._marker = None
-        if self._token is not None:
-            otel_context.detach(self._token)
-            self._token = None
+        token, self._token = self._token, None
+        if token is not None:
+            try:
+                otel_context.detach(token)
+            except Exception:
+                report("restore the context after a process span")
         return True
 
     def close(self) -> None:
         """Leave the scope and end its operation."""
-        self.leave()
-        self.end()
-        self.processed.records = ()
+        try:
+            self.leave()
+        finally:  # of an interrupt, too
+            self.end()
+            self.processed.records = ()
 
     def drop(self, *, collected: bool) -> None:
         """Close a scope whose iterator is being finalised.
@@ -256,10 +272,13 @@ class Scope(Operation):
             self.close()
             return
         self._entered = False
-        if otel_context.get_current() is self._attached:
-            undo_left()
         self.processed.records = ()
         leave_behind(self)
+        try:
+            if otel_context.get_current() is self._attached:
+                undo_left()
+        except Exception:
+            report("restore the context after a process span")
 
     def holds(self, record: Record) -> bool:
         """Whether it accounts for this very record."""
@@ -378,7 +397,7 @@ def open_scope(
         if facts.duration is None:
             return None
         scope = Scope(facts, None, started, Processed(records, (), None))
-        scope.enter(base, None)
+        scope.enter(base, base)
         return scope
     account = account_for(config, records, batch=batch)
     if config.capture_queue_time and not batch:
@@ -400,17 +419,13 @@ def open_scope(
     outer: Any = base.get(_PROCESSED_KEY)
     processed = Processed(records, account.links, outer)
     scope = Scope(facts, span, started, processed)
-    if span is None:
-        scope.enter(base, None)
-        return scope
-    context = otel_context.set_value(_PROCESSED_KEY, processed, context)
-    scope.enter(base, set_span_in_context(span, context))
-    if config.consume_hook is not None and not batch:
-        try:
+    try:
+        scope.enter(base, context)
+        if span is not None and config.consume_hook is not None and not batch:
             call_hook("consume_hook", config.consume_hook, span, records[0], (), {})
-        except BaseException:  # the user's, who wants to end it all
-            scope.close()
-            raise
+    except BaseException:  # the user's, who wants to end it all
+        scope.close()
+        raise
     return scope
 
 
@@ -444,7 +459,7 @@ class ScopedIterator:
             scope.close()
         record = self._advance()
         try:
-            self._scope = self._hand_over(record, self._is_asked_by_loop())
+            self._hand_over(record, self._is_asked_by_loop())
         except Exception:
             report("trace the processing of a record")
         return record
@@ -467,8 +482,8 @@ class ScopedIterator:
         """Return the next record, or raise StopIteration."""
         raise NotImplementedError
 
-    def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:
-        """Trace that a record is handed over; return the scope to close."""
+    def _hand_over(self, record: Record, by_loop: bool) -> None:
+        """Trace that a record is handed over, and keep the scope that is to close."""
         raise NotImplementedError
 
     def __del__(self) -> None:
@@ -547,11 +562,10 @@ class RecordsIterator(ScopedIterator):
     def _advance(self) -> Record:
         return next(self._plain)
 
-    def _hand_over(self, record: Record, by_loop: bool) -> Scope | None:
+    def _hand_over(self, record: Record, by_loop: bool) -> None:
         telemetry = self._telemetry
-        if not by_loop or not telemetry.is_enabled() or not self._records.take(record):
-            return None
-        return process(telemetry, self._client, record)
+        if by_loop and telemetry.is_enabled() and self._records.take(record):
+            self._scope = process(telemetry, self._client, record)
 
 
 def process(telemetry: Telemetry, client: Client, record: Record) -> Scope | None:
@@ -693,11 +707,13 @@ class ProcessSpan:
         scope, is_own = self._entries.pop()
         if scope is None:
             return
-        # GeneratorExit says that a generator is closed, not that it failed.
-        if error is not None and not isinstance(error, GeneratorExit):
-            scope.fail_with(error)
-        if is_own:
-            scope.close()
+        try:
+            # GeneratorExit says that a generator is closed, not that it failed.
+            if error is not None and not isinstance(error, GeneratorExit):
+                scope.fail_with(error)
+        finally:  # of an interrupt, too
+            if is_own:
+                scope.close()
 
 
 def _flatten(given: Any) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import Token
 from typing import Any, NamedTuple
 
 from opentelemetry.context import Context, attach, detach, get_current
@@ -164,20 +165,30 @@ class _InContext:
 
     __slots__ = ("_callback", "_context")
 
-    def __init__(self, callback: Any) -> None:
+    def __init__(self, callback: Any, context: Context) -> None:
         self._callback = callback
-        self._context: Context | None = get_current()
+        self._context: Context | None = context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Up to 2.0 the future keeps it, and the application may keep the future.
-        current, self._context = self._context, None
-        if current is None:
-            return self._callback(*args, **kwargs)
-        token = attach(current)
+        context, self._context = self._context, None
+        token = None
+        if context is not None:
+            try:
+                token = attach(context)
+            except Exception:
+                report("enter the context of a callback")
         try:
             return self._callback(*args, **kwargs)
         finally:
+            if token is not None:
+                self._leave(token)
+
+    def _leave(self, token: Token[Context]) -> None:
+        try:
             detach(token)
+        except Exception:
+            report("leave the context of a callback")
 
 
 class ProducerWrappers:
@@ -228,10 +239,14 @@ class ProducerWrappers:
         whichever thread.
         """
         if self._telemetry.active:
-            if args:
-                args = (_InContext(args[0]), *args[1:])
-            elif "f" in kwargs:
-                kwargs = {**kwargs, "f": _InContext(kwargs["f"])}
+            try:
+                context = get_current()
+                if args:
+                    args = (_InContext(args[0], context), *args[1:])
+                elif "f" in kwargs:
+                    kwargs = {**kwargs, "f": _InContext(kwargs["f"], context)}
+            except Exception:
+                report("keep the context of a callback")
         return wrapped(*args, **kwargs)
 
     def _prepare(

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from kafka import TopicPartition
+from opentelemetry.sdk.metrics import Meter
 from opentelemetry.sdk.metrics.export import NumberDataPoint
 
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor
+from otel_kafka_python import KafkaPythonInstrumentor, _own_metrics
 from otel_kafka_python._own_metrics import NAMES
 from recorder import Log, Recorder
 
@@ -222,6 +223,28 @@ def test_a_client_whose_metrics_cannot_be_read_is_logged_once_and_left_out(
     (message,) = log.take()
     assert message.startswith("Failed to read the metrics of a client")
     assert consumer.assignment() == {TopicPartition(clients.topic, 0)}
+
+
+@pytest.mark.parametrize("call", ["create_observable_gauge", "Observation"])
+def test_an_sdk_that_fails_to_observe_is_logged_once_and_harms_nothing_else(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("from an SDK")
+
+    owner: Any = Meter if call == "create_observable_gauge" else _own_metrics
+    monkeypatch.setattr(owner, call, fail)
+    instrument(client_metrics=True)
+    work(clients)
+    assert seen(recorder) == {}
+    assert recorder.count("messaging.client.sent.messages") == 10
+    (message,) = log.take()
+    assert "the metrics of" in message
 
 
 def test_the_documentation_has_all_of_them() -> None:

@@ -13,6 +13,7 @@ from opentelemetry.metrics import (
 )
 
 from otel_kafka_python._own_metrics import Living, observe
+from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,
     KAFKA_RECORD_QUEUE_TIME,
@@ -69,7 +70,10 @@ class Metrics:
                 if not _is_of_api(meter):
                     self._instruments = _create_instruments(meter)
                     if self._living is not None:
-                        observe(provider, meter, self._living)
+                        try:
+                            observe(provider, meter, self._living)
+                        except Exception:
+                            report("observe the metrics of clients")
         return self._instruments
 
 

@@ -612,12 +612,15 @@ def release(client: Client) -> None:
     held, client.held = client.held, None
     if held is not None:
         held.close()
-    # What could not be undone then can perhaps be now.
-    undo_left()
-    current = otel_context.get_current()
-    live = _live(current)
-    if live is not current:
-        otel_context.attach(live)
+    try:
+        # What could not be undone then can perhaps be now.
+        undo_left()
+        current = otel_context.get_current()
+        live = _live(current)
+        if live is not current:
+            otel_context.attach(live)
+    except Exception:
+        report("restore the context after a process span")
 
 
 # The one that `instrument()` has set up, or the global providers' where nothing

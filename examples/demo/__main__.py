@@ -58,9 +58,9 @@ def service(
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_LOGS_EXPORTER": "none",
             "OTEL_PYTHON_KAFKA_CAPTURE_QUEUE_TIME": "true",
-            # The demo has no patience; a service keeps the default. Metrics it exports
-            # when it stops.
+            # The demo has no patience; a service keeps the defaults.
             "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "OTEL_METRIC_EXPORT_INTERVAL": "500",
             **environ,
         },
     )
@@ -90,15 +90,19 @@ def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
 
 def collect(
     receiver: OtlpProtoTestServer, timeout: float
-) -> tuple[list[story.Span], story.Span]:
-    """Wait until the traces are as they should be, or say what is wrong with them."""
+) -> tuple[list[story.Span], story.Span, story.Metrics]:
+    """Wait until the telemetry is as it should be, or say what is wrong with it."""
     deadline = time.monotonic() + timeout
-    received = []
+    received_spans, received_metrics = [], []
     while True:
-        received += receiver.drain_spans()
-        spans = story.read(received)
+        received_spans += receiver.drain_spans()
+        received_metrics += receiver.drain_metrics()
+        spans = story.read(received_spans)
+        metrics = story.read_metrics(received_metrics)
         try:
-            return spans, story.check(spans, ORDERS, REFUSED)
+            root = story.check(spans, ORDERS, REFUSED)
+            story.check_metrics(metrics, ORDERS, REFUSED)
+            return spans, root, metrics
         except story.UnexpectedError:
             if time.monotonic() > deadline:
                 raise
@@ -120,10 +124,7 @@ def run(
             wait_until_ready("shipping", shipping)
             with service("orders", broker, receiver, log) as orders:
                 orders.wait(PATIENCE)
-            spans, root = collect(receiver, timeout)
-        metrics = story.read_metrics(receiver.drain_metrics())
-        story.check_metrics(metrics, ORDERS, REFUSED)
-        return spans, root, metrics
+            return collect(receiver, timeout)
 
 
 def main() -> int:

@@ -161,26 +161,26 @@ Metrics = dict[str, dict[str, Measured]]
 
 
 def read_metrics(received: Iterable[Any]) -> Metrics:
-    """Take metrics from what an OTLP receiver has recorded."""
-    found: Metrics = {}
+    """Take metrics from what an OTLP receiver has recorded; the last of each counts."""
+    last: dict[tuple[str, str, frozenset[tuple[str, Any]]], Measured] = {}
     for each in received:
         service = _values(each.resource.attributes)["service.name"]
         kind = each.metric.WhichOneof("data")
         for point in getattr(each.metric, kind).data_points:
             attributes = _values(point.attributes)
-            name = " ".join(
-                (
-                    each.metric.name,
-                    *filter(None, [attributes.get("messaging.operation.name")]),
-                    *(["failed"] if "error.type" in attributes else []),
-                )
+            operation = attributes.get("messaging.operation.name", "")
+            failed = "failed" if "error.type" in attributes else ""
+            name = " ".join(filter(None, (each.metric.name, operation, failed)))
+            last[service, name, frozenset(attributes.items())] = (
+                Measured(point.count, point.sum)
+                if kind == "histogram"
+                else Measured(point.as_int or point.as_double)
             )
-            measured = found.setdefault(service, {}).setdefault(name, Measured())
-            if kind == "histogram":
-                measured.count += point.count
-                measured.total += point.sum
-            else:
-                measured.count += point.as_int or point.as_double
+    found: Metrics = {}
+    for (service, name, _), one in last.items():
+        measured = found.setdefault(service, {}).setdefault(name, Measured())
+        measured.count += one.count
+        measured.total += one.total
     return found
 
 

@@ -239,7 +239,7 @@ ENQUEUE = """
     from kq import Queue
     from opentelemetry import trace
     import jobs
-    address, topic = sys.argv[1:]
+    address, topic, _ = sys.argv[1:]
     queue = Queue(topic, KafkaProducer(bootstrap_servers=address))
     with trace.get_tracer("shop").start_as_current_span("order"):
         for number in range(2):
@@ -251,14 +251,25 @@ WORK = """
     from kafka import KafkaConsumer
     from kq import Worker
     from opentelemetry import trace
-    address, topic = sys.argv[1:]
+    address, topic, how = sys.argv[1:]
     consumer = KafkaConsumer(
         bootstrap_servers=address, group_id=topic, auto_offset_reset="earliest",
+        consumer_timeout_ms=4000,
     )
     worker = Worker(topic, consumer)
-    assert worker.start(max_messages=2) == 2
-    del worker  # which closes its consumer
+    if how == "until nothing comes":
+        try:
+            worker.start()
+        except StopIteration:
+            pass
+    else:
+        # Nobody asks for the next: the last job's scope lasts as long as the consumer.
+        assert worker.start(max_messages=2) == 2
+        del worker  # which closes it
     assert trace.get_current_span() is trace.INVALID_SPAN
+    # The worker would do it as the interpreter ends, when kafka-python's own threads
+    # have gone already.
+    consumer.close()
 """
 JOBS = """
 from opentelemetry import trace
@@ -270,8 +281,9 @@ def ship(number):
 
 
 @pytest.mark.skipif(IS_NG, reason="kq requires kafka-python itself")
+@pytest.mark.parametrize("how", ["until nothing comes", "so many jobs"])
 def test_a_job_queue_that_calls_next_has_its_jobs_in_the_enqueuers_trace(
-    clients: Clients, topic: str, tmp_path: Any
+    clients: Clients, topic: str, tmp_path: Any, how: str
 ) -> None:
     (tmp_path / "jobs.py").write_text(JOBS)
     with OtlpProtoTestServer() as receiver:
@@ -280,6 +292,7 @@ def test_a_job_queue_that_calls_next_has_its_jobs_in_the_enqueuers_trace(
                 script,
                 clients.address,
                 topic,
+                how,
                 launched=True,
                 paths=(tmp_path,),
                 environ={

@@ -47,9 +47,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "broker" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "broker", _brokers(metafunc.config), indirect=True, scope="session"
-        )
+        brokers = _brokers(metafunc.config)
+        if metafunc.definition.get_closest_marker("one_broker"):
+            brokers = brokers[:1]
+        metafunc.parametrize("broker", brokers, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ from clients import DEADLINE, Clients, committable, poll, poll_records
 from otel_kafka_python import KafkaPythonInstrumentor, _propagation, process_span
 from recorder import Log, Recorder, RecordingSampler
 
+pytestmark = pytest.mark.one_broker
+
 # The classes of the API that an SDK, or a vendor, implements.
 IMPLEMENTED = (
     trace.TracerProvider,
@@ -609,7 +611,13 @@ def test_no_call_into_opentelemetry_is_missing_from_the_list(
                 assert service.story() == plain
         finally:
             sys.setprofile(previous)
-    assert {where for where in unknown if where[2] not in NO_CHAOS} == set()
+    unknown = {
+        where
+        for where in unknown
+        # Whether the contrib package is there is asked of that, not of OpenTelemetry.
+        if where[2] not in NO_CHAOS and Path(where[0]).stem != "_coexistence"
+    }
+    assert unknown == set()
     assert len(known) > len(SITES) / 2
 
 

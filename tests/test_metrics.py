@@ -263,6 +263,7 @@ def test_what_is_kept_is_bounded_by_the_distinct_attributes(
 THREADS = 16
 
 
+@pytest.mark.one_broker
 def test_many_threads_lose_no_count(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -197,11 +197,13 @@ def test_partitions_that_are_revoked_in_the_middle(
         """Have the other member take partitions away."""
         joining = threading.Thread(target=poll, args=(other,))
         joining.start()
+        # The assignment is empty before the rebalance has come to its end, which
+        # needs the polls of both.
         wait_until(
-            lambda: len(consumer.assignment()) < PARTITIONS,
+            lambda: not joining.is_alive(),
             lambda: consumer.poll(timeout_ms=100, max_records=1),
         )
-        joining.join(DEADLINE)
+        assert len(consumer.assignment()) < PARTITIONS
 
     def body(record: Any) -> bool:
         handled.append((str(record.partition), record.offset))

@@ -67,6 +67,9 @@ def test_a_broker_that_goes_away_under_a_consumer_is_no_error_of_ours(
         (("topic",), {"value": object()}),
         (("topic", b"value"), {"partition": "one"}),
         (("topic", b"value"), {"partition": [1]}),
+        (("topic", b"value"), {"headers": [("traceparent", b""), "no header"]}),
+        (("topic", b"value"), {"headers": [("traceparent", "text")]}),
+        (("topic", b"value"), {"headers": [("traceparent", b"1", b"2")]}),
     ],
     ids=repr,
 )

@@ -71,8 +71,8 @@ def may_carry_context(headers: Any) -> bool:
     """Whether the headers of a send are a list with a field of a propagator."""
     if not headers or not isinstance(headers, list):
         return False
-    fields = _fields()
-    return any(_name(header) in fields for header in headers)
+    names = [_name(header) for header in headers]
+    return None not in names and not _fields().isdisjoint(names)
 
 
 def inject(headers: Any, context: Context) -> Any:
@@ -116,8 +116,10 @@ def is_propagated(name: str) -> bool:
 def _name(header: Any) -> str | None:
     # The application may pass what is no header at all; that is for
     # kafka-python to say.
-    if isinstance(header, tuple) and header and isinstance(header[0], str):
-        return header[0]
+    if isinstance(header, tuple) and len(header) == 2:  # noqa: PLR2004 (a pair)
+        name, value = header
+        if isinstance(name, str) and isinstance(value, bytes):
+            return name
     return None
 
 

@@ -15,6 +15,7 @@ from otel_kafka_python import KafkaPythonInstrumentor, package
 from otel_kafka_python._instrumentor import take_over
 
 SOURCE = Path(otel_kafka_python.__file__).parent
+CONTRIBUTING = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 
 # Who may import whom: each only what stands after it. Modules on one line do not
 # import each other.
@@ -112,6 +113,15 @@ def test_the_map_in_the_docstring_is_the_map() -> None:
     assert set(documented) == set().union(*LEVELS) - {"__init__"}
     levels = {name: i for i, names in enumerate(LEVELS) for name in names}
     assert documented == sorted(documented, key=lambda name: levels[name])
+
+
+def test_the_map_for_contributors_is_that_of_the_docstring() -> None:
+    docstring = otel_kafka_python.__doc__ or ""
+    rows = re.findall(r"^    (\w+ {2,}\S.*)$", docstring, re.MULTILINE)
+    assert set(re.findall(r"^(\w+) ", "\n".join(rows), re.MULTILINE)) == {
+        path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"
+    }
+    assert "```\n" + "\n".join(rows) + "\n```" in CONTRIBUTING
 
 
 def test_only_one_module_imports_wrapt_and_only_one_reads_the_environment() -> None:

@@ -15,7 +15,8 @@ from otel_kafka_python import KafkaPythonInstrumentor, package
 from otel_kafka_python._instrumentor import take_over
 
 SOURCE = Path(otel_kafka_python.__file__).parent
-CONTRIBUTING = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+ROOT = Path(__file__).parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # Who may import whom: each only what stands after it. Modules on one line do not
 # import each other.
@@ -79,6 +80,17 @@ def test_it_does_not_depend_on_the_sdk() -> None:
         "opentelemetry-semantic-conventions",
         "wrapt",
     }
+
+
+def test_the_lowest_versions_that_it_allows_are_those_that_are_tested() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    (group,) = re.findall(r"^lowest = \[(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)
+    tested = dict(re.findall(r'"([\w-]+)==(.+?)"', group))
+    for line in distribution("otel-kafka-python").requires or []:
+        if "extra" not in line:
+            requirement = Requirement(line)
+            (lowest,) = [s.version for s in requirement.specifier if s.operator == ">="]
+            assert tested[requirement.name] == lowest
 
 
 def test_it_is_typed() -> None:

@@ -247,8 +247,8 @@ class Machine:
 
     def __init__(self, clients: Clients) -> None:
         self.partition = TopicPartition(clients.topic, 0)
-        # No group, which only costs time; and iteration gives up soon.
-        self.consumer = clients.consumer(consumer_timeout_ms=40)
+        # No group, which only costs time.
+        self.consumer = clients.consumer()
         self.seen: list[Any] = []
         self.polled: Any = []
         self.paused = self.closed = False
@@ -276,6 +276,7 @@ class Machine:
     def loop(self, loop: Loop) -> None:
         source = self.consumer if loop.source == "consumer" else self.polled
         rounds = 0
+        self.give_up_if_no_more()
         for record in source:
             self.seen.append((record.offset, record.value))
             for step in loop.body:
@@ -287,12 +288,14 @@ class Machine:
                 if loop.end == "raise":
                     raise Stopped
                 return
+            self.give_up_if_no_more()
         self.seen.append(rounds)
 
     def call(self, name: str, argument: int) -> None:
         if name == "poll":
             self.seen.append(("poll", [r.offset for r in self.poll(argument)]))
         elif name == "next":
+            self.give_up_if_no_more()
             record = next(self.consumer)
             self.seen.append(("next", record.offset, record.value))
         elif name == "seek":
@@ -317,6 +320,11 @@ class Machine:
             self.polled = next(iter(polled.values()), [])
             if self.polled or not self.is_more() or time.monotonic() > deadline:
                 return self.polled
+
+    def give_up_if_no_more(self) -> None:
+        """Have iteration wait for what comes, however long, and for nothing else."""
+        milliseconds = DEADLINE * 1000 if self.is_more() else 20
+        self.consumer.config["consumer_timeout_ms"] = milliseconds
 
     def is_more(self) -> bool:
         return (

@@ -10,7 +10,7 @@ import sysconfig
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 HERE = Path(__file__).parent
 PATHS = (HERE, HERE.parent / "examples")
@@ -20,8 +20,9 @@ TIMEOUT = 120
 # handler is registered first, so that it runs last.
 PREAMBLE = """
 import atexit, json, os, sys
-from recorder import Recorder
+from recorder import Log, Recorder
 recorder = Recorder()
+log = Log().__enter__()
 def tell():
     recorder.check()
     print(json.dumps({
@@ -34,6 +35,7 @@ def tell():
             point.attributes.get("error.type"): point.value
             for point in recorder.points("messaging.client.sent.messages")
         },
+        "logged": log.take(),
     }), flush=True)
 atexit.register(tell)
 from otel_kafka_python import KafkaPythonInstrumentor
@@ -70,10 +72,18 @@ def run(
     )
 
 
-def run_recorded(script: str, *arguments: str) -> dict[str, Any]:
-    """Run a script under a recorder and return what that has seen at the exit."""
-    done = run(PREAMBLE + textwrap.dedent(script), *arguments)
+def run_recorded(script: str, *arguments: str, first: str = "") -> dict[str, Any]:
+    """Run a script under a recorder and return what that has seen at the exit.
+
+    Args:
+        script: The script.
+        arguments: Its arguments.
+        first: What is to run before anything is imported.
+    """
+    done = run(first + PREAMBLE + textwrap.dedent(script), *arguments)
     assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    *children, told = map(json.loads, done.stdout.splitlines())
     told["stderr"] = done.stderr
-    return told
+    # The processes that it has forked, if these have ended before it.
+    told["children"] = children
+    return cast("dict[str, Any]", told)

@@ -41,12 +41,14 @@ def service(
     broker: EmbeddedBroker,
     receiver: OtlpProtoTestServer,
     log: IO[bytes],
+    *options: str,
     **environ: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service, and have it stop when the demo does."""
     launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
     process = subprocess.Popen(
-        [launcher, sys.executable, HERE / f"{name}.py"],
+        [launcher, sys.executable, *options, HERE / f"{name}.py"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         preexec_fn=die_with_parent,
@@ -68,13 +70,14 @@ def service(
         yield process
     finally:
         process.send_signal(signal.SIGINT)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:

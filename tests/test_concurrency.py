@@ -199,6 +199,7 @@ class Looping:
     """A loop over one record at a time, in a thread that stops in each body."""
 
     def __init__(self, clients: Clients) -> None:
+        clients.create_topic(1)  # not every consumer waits for one that is not there
         self._clients = clients
         self._producer = clients.producer()
         self._consumer = clients.consumer(cls=Waiting)

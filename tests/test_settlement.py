@@ -517,12 +517,17 @@ def test_commits_whose_coordinator_is_not_found_are_not_kept(
         return Future().failure(kafka.errors.NodeNotReadyError("as in an outage"))
 
     monkeypatch.setattr(ConsumerCoordinator, "lookup_coordinator", look_up)
+
+    def look_ups() -> list[LookUp]:
+        return [each for each in gc.get_objects() if isinstance(each, LookUp)]
+
+    before = look_ups()
     offsets = committable(topic, 1)
     settled: list[Any] = []
     for _ in range(5):
         consumer.commit_async(offsets, lambda *answer: settled.append(answer))
     assert commits(recorder) == [f"commit {topic}"] * 5
-    kept = [each for each in gc.get_objects() if isinstance(each, LookUp)]
+    kept = [each for each in look_ups() if all(each is not old for old in before)]
     assert kept == []
 
 

@@ -208,6 +208,17 @@ def test_clients_that_are_gone_are_not_observed(
     assert recorder.count("messaging.client.sent.messages") == 3
 
 
+def test_a_closed_client_is_not_observed_though_it_is_kept(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    producer, consumer = work(clients)
+    assert lags(recorder)
+    consumer.close()
+    producer.close()
+    assert seen(recorder) == {}
+
+
 def test_a_client_whose_metrics_cannot_be_read_is_logged_once_and_left_out(
     instrument: Instrument, clients: Clients, recorder: Recorder, log: Log
 ) -> None:

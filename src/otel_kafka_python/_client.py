@@ -376,9 +376,12 @@ def _assigned(consumer: Any) -> dict[Any, Any]:
 def record_lags(consumer: Any) -> list[OwnMetric]:
     """How many records each partition has that the consumer has not been given.
 
-    As far as the last fetch has told: no request is made.
+    As far as the last fetch has told: no request is made. A consumer that is closed
+    has none, as it has none of its own metrics any more.
     """
-    lags = []
+    lags: list[OwnMetric] = []
+    if consumer._closed:
+        return lags
     for (topic, partition), state in list(_assigned(consumer).items()):
         # Up to 2.0 it is an int.
         position = getattr(state._position, "offset", state._position)

@@ -86,6 +86,7 @@ def test_they_have_the_java_agents_names_types_and_attributes(
         facts = JAVA.get(name)
         if facts is None:
             continue
+        # And so are they: the recorder holds all of ours against that.
         assert facts["type"] == "gauge"
         expected = set(facts["attributes"])
         if VERSION < (2, 1):
@@ -109,6 +110,17 @@ def test_they_have_the_java_agents_names_types_and_attributes(
         "kafka.consumer.fetch_rate",
     } <= set(exported)
     del clients_alive
+
+
+def test_none_that_kafka_python_keeps_is_left_out(clients: Clients) -> None:
+    for kind, client in zip(("producer", "consumer"), work(clients), strict=True):
+        kept = {
+            metric.name
+            for metric in client.metrics(raw=True)
+            if metric.group != "kafka-metrics-count"  # of how many metrics there are
+        }
+        assert kept
+        assert kept <= set(NAMES[kind])
 
 
 def test_the_values_are_the_clients_own(

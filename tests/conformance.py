@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opentelemetry._logs import LogRecord
-from opentelemetry.sdk.metrics.export import Metric
+from opentelemetry.sdk.metrics.export import Metric, Sum
 from opentelemetry.trace import SpanKind, StatusCode
 
 from otel_kafka_python._semconv import QUEUE_TIME_BUCKETS
@@ -220,13 +220,21 @@ def _check_metric(metric: Metric) -> Iterable[str]:
         return
     if metric.unit != facts["unit"]:
         yield f"{metric.name}: its unit is {metric.unit}"
+    if _instrument(metric) != facts["instrument"]:
+        yield f"{metric.name}: it should be a {facts['instrument']}"
+        return
     for point in metric.data.data_points:
         bounds = getattr(point, "explicit_bounds", None)
-        if (bounds is not None) != (facts["instrument"] == "Histogram"):
-            yield f"{metric.name}: it should be a {facts['instrument']}"
-        elif bounds is not None and list(bounds) != facts["bucket_boundaries"]:
+        if bounds is not None and list(bounds) != facts["bucket_boundaries"]:
             yield f"{metric.name}: its boundaries are {bounds}"
         yield from _check_point(metric.name, facts["attributes"], point.attributes)
+
+
+def _instrument(metric: Metric) -> str:
+    """The kind of instrument that such data is from, synchronous or not."""
+    if isinstance(metric.data, Sum):
+        return "Counter" if metric.data.is_monotonic else "UpDownCounter"
+    return type(metric.data).__name__
 
 
 def _check_point(

@@ -156,13 +156,18 @@ def measure(
     """A metric as an SDK gives it."""
     reader = InMemoryMetricReader()
     meter = MeterProvider([reader], shutdown_on_exit=False).get_meter("test")
+    attributes = attributes or MEASURED
     if make == "histogram":
         histogram = meter.create_histogram(
             name, unit, explicit_bucket_boundaries_advisory=boundaries
         )
-        histogram.record(1, attributes or MEASURED)
+        histogram.record(1, attributes)
+    elif make == "gauge":
+        meter.create_gauge(name, unit).set(1, attributes)
+    elif make == "up-down counter":
+        meter.create_up_down_counter(name, unit).add(1, attributes)
     else:
-        meter.create_counter(name, unit).add(1, attributes or MEASURED)
+        meter.create_counter(name, unit).add(1, attributes)
     data = reader.get_metrics_data()
     assert data is not None
     return list(data.resource_metrics[0].scope_metrics[0].metrics)
@@ -177,6 +182,20 @@ METRICS: dict[str, tuple[Callable[[], list[Metric]], str]] = {
         "should be a Counter",
     ),
     "other instrument": (lambda: measure(make="counter"), "should be a Histogram"),
+    "gauge": (lambda: measure(COUNTER, "{message}", make="gauge"), "be a Counter"),
+    "up-down counter": (
+        lambda: measure(COUNTER, "{message}", make="up-down counter"),
+        "should be a Counter",
+    ),
+    "counter of kafka-python's own": (
+        lambda: measure(
+            "kafka.consumer.fetch_rate",
+            "",
+            attributes={"client-id": "client"},
+            make="counter",
+        ),
+        "should be a Gauge",
+    ),
     "required": (
         lambda: measure(attributes={"messaging.system": "kafka"}),
         "messaging.operation.name is required",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka import TopicPartition
-from opentelemetry.sdk.metrics import Meter
-from opentelemetry.sdk.metrics.export import NumberDataPoint
+from opentelemetry.sdk.metrics import Meter, MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from conftest import Instrument
@@ -229,6 +231,20 @@ def test_a_closed_client_is_not_observed_though_it_is_kept(
     consumer.close()
     producer.close()
     assert seen(recorder) == {}
+
+
+def test_a_provider_is_let_go_with_the_instrumentation(
+    instrument: Instrument, clients: Clients
+) -> None:
+    provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+    dropped = weakref.ref(provider)
+    instrument(client_metrics=True, meter_provider=provider)
+    clients.send(b"value")
+    KafkaPythonInstrumentor().uninstrument()
+    provider.shutdown()
+    del provider
+    gc.collect()
+    assert dropped() is None
 
 
 def test_a_client_whose_metrics_cannot_be_read_is_logged_once_and_left_out(

@@ -72,7 +72,7 @@ class ClientMetrics:
     """
 
     def __init__(self, meter: Meter) -> None:
-        self.living: Living = tuple
+        self._living: Callable[[], Living | None] = lambda: None
         for kind, names in NAMES.items():
             for name in names:
                 meter.create_observable_gauge(
@@ -80,12 +80,21 @@ class ClientMetrics:
                     [partial(self._observe, kind, name)],
                 )
 
+    def observe(self, living: Living) -> None:
+        """Observe other clients from now on.
+
+        What has them has the provider, too, which would never be let go if it were
+        held here.
+        """
+        self._living = weakref.WeakMethod(living)
+
     def _observe(
         self, kind: str, name: str, _options: CallbackOptions
     ) -> list[Observation]:
+        living = self._living()
         return [
             observation
-            for instance, client in self.living()
+            for instance, client in (living() if living else ())
             for observation in _observations(instance, client, kind, name)
         ]
 
@@ -141,4 +150,4 @@ def observe(provider: Any, meter: Meter, living: Living) -> None:
     metrics = _by_provider.get(provider)
     if metrics is None:
         metrics = _by_provider[provider] = ClientMetrics(meter)
-    metrics.living = living
+    metrics.observe(living)

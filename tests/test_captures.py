@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage, context
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from clients import DEADLINE, Clients, poll
 from conftest import Instrument
@@ -261,6 +263,18 @@ def test_the_queue_time_is_measured_without_any_span(
     process(clients)
     assert recorder.count(QUEUE_TIME) == 1
     assert recorder.names() == [f"send {topic}"]
+
+
+def test_the_queue_time_is_measured_of_what_is_not_sampled(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(
+        capture_queue_time=True,
+        tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False),
+    )
+    clients.send(b"value")
+    process(clients)
+    assert recorder.count(QUEUE_TIME) == 1
 
 
 def test_a_clock_that_is_ahead_makes_no_negative_time(

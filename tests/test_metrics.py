@@ -9,11 +9,10 @@ import pytest
 from kafka import TopicPartition
 from opentelemetry import metrics
 from opentelemetry.metrics import NoOpMeterProvider
-from opentelemetry.sdk.metrics import Counter, MeterProvider
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     InMemoryMetricReader,
-    NumberDataPoint,
 )
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -107,7 +106,11 @@ def test_names_units_and_boundaries_are_the_conventions(
 
 
 @pytest.mark.parametrize(
-    ("operation", "name"), [("send", OPERATION), ("process", PROCESS)]
+    ("operation", "name"),
+    [
+        *(("send", OPERATION), ("poll", OPERATION), ("commit", OPERATION)),
+        ("process", PROCESS),
+    ],
 )
 def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
     instrumented: None,
@@ -118,8 +121,11 @@ def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
     name: str,
 ) -> None:
     clients.send(b"1")
-    for _ in clients.consumer():
-        break
+    consumer = clients.consumer(group_id=topic)
+    for records in poll(consumer).values():
+        for _ in records:
+            pass
+    consumer.commit()
     span = recorder.one(f"{operation} {topic}")
     assert span.context is not None
     assert span.start_time is not None
@@ -129,6 +135,19 @@ def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
     (exemplar,) = point.exemplars
     assert exemplar.trace_id == span.context.trace_id
     assert exemplar.span_id == span.context.span_id
+
+
+def test_what_is_not_sampled_is_measured_and_no_exemplar(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False))
+    clients.send(b"1")
+    for _ in clients.consumer():
+        break
+    for name in (OPERATION, PROCESS, SENT, CONSUMED):
+        points = recorder.points(name)
+        assert points
+        assert [list(point.exemplars) for point in points] == [[]] * len(points)
 
 
 def test_next_is_measured_itself_and_not_its_poll(
@@ -218,31 +237,32 @@ def test_counts_go_on_through_another_instrumentation(
 
 
 def test_two_readers_see_the_same_each_in_its_temporality(
-    instrument: Instrument, clients: Clients, recorder: Recorder
+    instrument: Instrument, clients: Clients
 ) -> None:
+    of_change = AggregationTemporality.DELTA
     delta = InMemoryMetricReader(
-        preferred_temporality={Counter: AggregationTemporality.DELTA}
+        preferred_temporality={Counter: of_change, Histogram: of_change}
     )
     cumulative = InMemoryMetricReader()
     provider = MeterProvider([delta, cumulative], shutdown_on_exit=False)
     instrument(meter_provider=provider)
 
-    def count(reader: InMemoryMetricReader) -> int:
+    def counts(reader: InMemoryMetricReader) -> dict[str, int]:
         data = reader.get_metrics_data()
         assert data is not None
-        (points,) = [
-            metric.data.data_points
-            for metric in data.resource_metrics[0].scope_metrics[0].metrics
-            if metric.name == SENT
-        ]
-        (point,) = points
-        assert isinstance(point, NumberDataPoint)
-        return int(point.value)
+        found = {}
+        for each in data.resource_metrics[0].scope_metrics[0].metrics:
+            point: Any
+            (point,) = each.data.data_points
+            found[each.name] = point.value if each.name == SENT else point.count
+        return found
 
     clients.send(b"1", b"2")
-    assert (count(delta), count(cumulative)) == (2, 2)
+    for reader in (delta, cumulative):
+        assert counts(reader) == {SENT: 2, OPERATION: 2}
     clients.send(b"3")
-    assert (count(delta), count(cumulative)) == (1, 3)
+    assert counts(delta) == {SENT: 1, OPERATION: 1}
+    assert counts(cumulative) == {SENT: 3, OPERATION: 3}
     provider.shutdown()
 
 

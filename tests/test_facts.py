@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def test_a_key_is_recorded_only_where_it_has_one_text_form(
     key: object, text: str | None
 ) -> None:
     assert message_key(key) == text
+
+
+class _Text(str):
+    """A str of an application's own, which says something else of itself."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "text"
+
+
+def test_what_is_a_str_to_kafka_python_is_a_plain_one() -> None:
+    for text in (legal_topic(_Text("orders")), message_key(_Text("orders"))):
+        assert type(text) is str
+        assert text == "orders"
+    assert message_key(IntEnum("Color", ["RED"]).RED) == "1"  # type: ignore[attr-defined]
 
 
 def test_zero_and_empty_are_values_and_not_absence() -> None:

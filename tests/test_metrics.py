@@ -17,7 +17,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from clients import DEADLINE, Clients, poll, poll_records
+from clients import DEADLINE, Clients, committable, poll, poll_records
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Recorder
@@ -278,6 +278,29 @@ def test_what_is_kept_is_bounded_by_the_distinct_attributes(
     assert len(recorder.points(SENT)) == 1
     assert len(recorder.points(OPERATION)) == 1
     assert recorder.count(SENT) == 100
+
+
+class _Topic(str):
+    """As applications have that give their topics a type."""
+
+    __slots__ = ()
+
+
+def test_a_subclass_of_str_is_the_same_attribute(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    for each in (topic, _Topic(topic)):
+        producer.send(each, b"value").get(DEADLINE)
+    consumer = clients.consumer(
+        _Topic(topic), group_id=_Topic(topic), client_id=_Topic("shipping")
+    )
+    poll_records(consumer, 2)
+    consumer.commit(committable(_Topic(topic), 2))
+    producer.flush()
+    # That all of them are plain the recorder sees.
+    (point,) = recorder.points(SENT)
+    assert point.value == 2
 
 
 THREADS = 16

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from otel_kafka_python._client import plain
 from otel_kafka_python._semconv import (
     MESSAGING_CLIENT_ID,
     MESSAGING_CONSUMER_GROUP_NAME,
@@ -34,9 +35,8 @@ _LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 def legal_topic(topic: object) -> str | None:
     """The topic if it is one that Kafka could have, so that it may be a name."""
-    if isinstance(topic, str) and _LEGAL_TOPIC.fullmatch(topic):
-        return topic
-    return None
+    name: object = plain(topic)
+    return name if isinstance(name, str) and _LEGAL_TOPIC.fullmatch(name) else None
 
 
 def span_name(operation: str, topic: str | None) -> str:
@@ -166,10 +166,10 @@ def message_key(key: object) -> str | None:
             return None
         return text if text.isprintable() else None
     if isinstance(key, str):
-        return None if _SURROGATES.search(key) else key
+        return None if _SURROGATES.search(key) else plain(key)
     if isinstance(key, int) and not isinstance(key, bool):
         try:
-            return str(key)
+            return str(int(key))
         except ValueError:  # Python writes no integer of so many digits
             return None
     return None

@@ -175,8 +175,8 @@ def _describe(instance: Any) -> Client:
         manager: Any = getattr(network, "_manager", network)
         config = {**manager.config, **config}
     return Client(
-        client_id=config.get("client_id"),
-        group=config.get("group_id"),
+        client_id=plain(config.get("client_id")),
+        group=plain(config.get("group_id")),
         bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
         sends_headers=_sends_headers(instance),
         cluster=None if cluster is None else weakref.ref(cluster),
@@ -205,6 +205,11 @@ def parse_bootstrap_servers(servers: Any) -> Server | None:
             return Server(match[1], int(match[2] or _DEFAULT_PORT))
         return Server(address, _DEFAULT_PORT)
     return None
+
+
+def plain(text: Any) -> Any:
+    """A str of no subclass, which in a metric would be an attribute of its own."""
+    return str.__str__(text) if isinstance(text, str) else text
 
 
 def argument(
@@ -397,7 +402,7 @@ def transaction_group(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | N
     if group is None:
         group = argument(args, kwargs, 1, "group_metadata")
     group = getattr(group, "group_id", group)  # since 3.0 it may be more than a name
-    return group if isinstance(group, str) else None
+    return plain(group) if isinstance(group, str) else None
 
 
 def error_type(error: BaseException) -> str:

@@ -2,8 +2,9 @@
 
 It counts what this package does, not how long it takes: the calls that are made by
 its code, and the container objects that a message leaves alive until it is
-acknowledged. `cost.json` has what was reached; where a number grows on purpose, write
-the new one there (the test says which), in the commit that makes it grow.
+acknowledged, or a record as long as it is kept. `cost.json` has what was reached; where
+a number grows on purpose, write the new one there (the test says which), in the commit
+that makes it grow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 import otel_kafka_python
-from clients import DEADLINE, Clients, poll_records
+from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
 from recorder import Recorder
 
@@ -157,3 +158,28 @@ def test_the_objects_that_a_send_leaves_alive_until_its_acknowledgement(
     what = f"objects alive of {'a sampled' if sampled else 'an unsampled'} send"
     assert_not_grown(what, alive_per_message() - plain)
     assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_the_objects_that_a_processed_record_leaves_alive(
+    instrument: Instrument, clients: Clients
+) -> None:
+    clients.send(*(b"value",) * KEPT, key=b"key")
+
+    def alive_per_message() -> int:
+        consumer = clients.consumer(max_poll_records=KEPT)
+        poll(consumer, max_records=1)
+        consumer.seek_to_beginning()
+        kept: list[Any] = []
+        gc.collect()
+        before = len(gc.get_objects())
+        while sum(map(len, kept)) < KEPT:
+            kept += poll(consumer).values()
+            for _ in kept[-1]:
+                pass
+        gc.collect()
+        return round((len(gc.get_objects()) - before) / KEPT)
+
+    plain = alive_per_message()
+    instrument(tracer_provider=TracerProvider(shutdown_on_exit=False))
+    what = "objects alive of a processed record"
+    assert_not_grown(what, alive_per_message() - plain)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,8 +18,9 @@ from kafka import TopicPartition
 from opentelemetry import context
 
 from clients import DEADLINE, Clients, poll_records
-from otel_kafka_python import KafkaPythonInstrumentor
-from recorder import Recorder
+from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from recorder import Log, Recorder
 
 pytestmark = pytest.mark.one_broker
 
@@ -157,6 +159,44 @@ def test_any_headers_arrive_or_are_refused_as_without(
     arguments = (topic, b"value"), {"headers": headers}
     assert with_it.run(lambda: send(*arguments)) == send(*arguments)
     assert repr(headers) == before
+
+
+VALID = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def capturing(instrument: Instrument) -> None:
+    instrument(capture_headers="*")
+
+
+@bounded(300)
+@given(
+    headers=st.lists(
+        st.tuples(NAMES, st.one_of(st.none(), st.just(VALID), VALUES)), max_size=4
+    )
+)
+def test_any_headers_that_a_record_may_have_are_read_or_passed_by(
+    capturing: None, recorder: Recorder, log: Log, headers: Any
+) -> None:
+    """Those that only other clients can send, too: the record is made up."""
+    record = SimpleNamespace(
+        topic="topic",
+        partition=0,
+        offset=0,
+        key=None,
+        serialized_value_size=1,
+        headers=headers.copy(),
+    )
+    with process_span(record):
+        pass
+    assert record.headers == headers
+    span = recorder.ended[-1]
+    assert span.name == "process topic"
+    is_linked = dict(headers).get("traceparent") == VALID
+    assert len(span.links) == is_linked
+    assert (span.parent is not None) == is_linked
+    # What the API itself has to say of a field does not count.
+    assert not [said for said in log.take() if said.startswith("Failed to")]
 
 
 @bounded(100)

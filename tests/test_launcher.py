@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
+from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, Clients
+from conformance import Seen, check_spans
 from scripts import run
 
 APPLICATION = """
@@ -52,12 +54,31 @@ def launch(clients: Clients, receiver: OtlpProtoTestServer, **environ: str) -> s
     return done.stderr
 
 
+def values_of(thing: Any) -> dict[str, Any]:
+    """The attributes of a span or a link, as OTLP has them."""
+    return {
+        each.key: getattr(each.value, each.value.WhichOneof("value"))
+        for each in thing.attributes
+    }
+
+
+def as_seen(span: Any) -> Seen:
+    return Seen(
+        span.name,
+        SpanKind(span.kind - 1),  # in OTLP 0 is none at all
+        StatusCode(span.status.code),
+        values_of(span),
+        [values_of(link) for link in span.links],
+    )
+
+
 def test_an_unchanged_application_is_traced_and_measured(
     clients: Clients, receiver: OtlpProtoTestServer, topic: str
 ) -> None:
     errors = launch(clients, receiver, OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="kafka")
     assert errors == ""
     found = receiver.get_spans(2, DEADLINE)
+    check_spans(as_seen(each.span) for each in found)
     spans: dict[str, Any] = {each.span.name: each for each in found}
     assert set(spans) == {f"send {topic}", f"process {topic}"}
     send, process = spans[f"send {topic}"].span, spans[f"process {topic}"].span

@@ -6,282 +6,235 @@ runs blocks of messages on the embedded broker, all variants in one process and 
 random order within each round, because processes of identical code differ by more than
 the variants do. What a variant adds is the median of its differences to the plain
 client of the same round, in CPU time of the calling thread and of the whole process.
+Beside it each variant sends once without a pause, so that what is in flight grows old.
+
+With `--check` it exits with an error where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import platform
 import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parent.parent / "examples"),
-]
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from embedded_broker import EmbeddedBroker  # noqa: E402 (beside this file)
-from handwritten import HandWritten  # noqa: E402
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
-from opentelemetry.instrumentation.kafka import KafkaInstrumentor  # noqa: E402
-from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider  # noqa: E402
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased  # noqa: E402
-from opentelemetry.trace import SpanKind  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from embedded_broker import EmbeddedBroker
+from kafka import KafkaConsumer, TopicPartition
+from opentelemetry.sdk.trace import ReadableSpan
+from report import show, targets
+from rich.console import Console
+from workloads import (
+    KEY,
+    SCOPES,
+    VARIANTS,
+    Case,
+    Collected,
+    Figures,
+    Setting,
+    Workload,
+    measure,
+    settings,
+)
 
-from otel_kafka_python import KafkaPythonInstrumentor  # noqa: E402
+OURS_ALONE = ("plain", "ours")  # the others have no metrics
+LONG = 50_000
 
-VALUE = b"x" * 100
-KEY = b"key-0123"
-VARIANTS = ("plain", "hand-written", "contrib", "ours")
+_TRACED = ("sampled", "1 % sampled")
+_ALL = (*_TRACED, "no SDK", "no-op provider")
+_MEASURED = ("sampled, metrics", "1 % sampled, metrics")
+
+CASES = (
+    *(Case("send", each) for each in (*_ALL, *_MEASURED)),
+    *(Case("send", each, "send without a key", key=None) for each in _TRACED),
+    *(Case("loop", each) for each in (*_ALL, *_MEASURED)),
+    *(
+        Case(
+            "loop",
+            each,
+            "loop with receive spans only",
+            keywords={"process_spans": False},
+        )
+        for each in _TRACED
+    ),
+    *(
+        Case("poll", each, f"poll of {batch}", batch=batch)
+        for batch in (1, 10, 500)
+        for each in _TRACED
+    ),
+    *(Case("poll", each, "poll of 500", batch=500) for each in _MEASURED),
+    *(Case("iterate", each, "poll and loop") for each in (*_TRACED, _MEASURED[0])),
+)
+LONG_CASES = tuple(Case("send", each) for each in _TRACED)
+
+# What a span of ours says and one that is written by hand does not: kafka-python tells
+# the id of the cluster to nobody.
+OURS_ONLY = {"messaging.kafka.cluster.id"}
 
 
-class Collected(SpanProcessor):
-    """Takes finished spans and keeps them only if told to."""
+def check(workload: Workload, collected: Collected) -> None:
+    """That the variants make the same spans and headers, before anything is timed."""
+    title = workload.case.title
+    spans = {
+        each: _spans_of(workload, each, collected)
+        for each in ("hand-written", "ours", "contrib")
+    }
+    said = {
+        each: sorted(map(_said_by, spans[each])) for each in ("hand-written", "ours")
+    }
+    if said["hand-written"] != said["ours"]:
+        raise SystemExit(
+            f"{title}: by hand {len(said['hand-written'])} spans, the first "
+            f"{said['hand-written'][:1]}; ours {len(said['ours'])}, the first "
+            f"{said['ours'][:1]}"
+        )
+    # It has a span for each message, and none of a poll.
+    messages = {"send": "PRODUCER", "loop": "CONSUMER"}.get(workload.case.work)
+    if messages and len(spans["contrib"]) != workload.block:
+        raise SystemExit(f"{title}: contrib made {len(spans['contrib'])} spans")
+    if messages and {span.kind.name for span in spans["contrib"]} != {messages}:
+        raise SystemExit(f"{title}: contrib's spans are of another kind")
 
-    def __init__(self) -> None:
-        self.kept: list[ReadableSpan] | None = None
 
-    def on_end(self, span: ReadableSpan) -> None:
-        if self.kept is not None:
-            self.kept.append(span)
-
-
-@dataclass
-class Setting:
-    """What is configured: providers, and settings of ours."""
-
-    name: str
-    tracer_provider: TracerProvider | None
-    meter_provider: MeterProvider | None = None
-
-
-def settings(collected: Collected) -> list[Setting]:
-    sampled, unsampled = (
-        TracerProvider(shutdown_on_exit=False),
-        TracerProvider(ParentBased(TraceIdRatioBased(0.01)), shutdown_on_exit=False),
-    )
-    for provider in (sampled, unsampled):
-        provider.add_span_processor(collected)
-    metrics = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
-    return [
-        Setting("sampled", sampled),
-        Setting("1 % sampled", unsampled),
-        Setting("no SDK", None),
-        Setting("sampled, metrics", sampled, metrics),
-    ]
+def _spans_of(
+    workload: Workload, variant: str, collected: Collected
+) -> list[ReadableSpan]:
+    with _reading(workload) as headers:
+        collected.kept = []
+        workload.run(variant)
+        spans, collected.kept = collected.kept, None
+        if workload.case.work == "send":
+            made = {span.context.span_id for span in spans if span.context}
+            carried = {_span_id(next(headers)) for _ in range(workload.block)}
+            if carried != made:
+                raise SystemExit(
+                    f"{workload.case.title}: {variant} made {len(made)} spans, and of "
+                    f"the contexts in the headers {len(carried & made)} are theirs"
+                )
+    return spans
 
 
 @contextmanager
-def installed(variant: str, setting: Setting) -> Iterator[None]:
-    """A variant that is no code of the application's, on for a block."""
-    if variant == "contrib":
-        instrumentor = KafkaInstrumentor()
-        instrumentor.instrument(tracer_provider=setting.tracer_provider)
-    elif variant == "ours":
-        instrumentor = KafkaPythonInstrumentor()
-        instrumentor.instrument(
-            tracer_provider=setting.tracer_provider,
-            meter_provider=setting.meter_provider,
-        )
-    else:
-        yield
-        return
+def _reading(workload: Workload) -> Iterator[Iterator[Any]]:
+    """The headers of what is sent from now on."""
+    consumer = KafkaConsumer(bootstrap_servers=workload.address)
+    partition = TopicPartition(workload.topic, 0)
+    consumer.assign([partition])
+    consumer.seek(partition, consumer.end_offsets([partition])[partition])
     try:
-        yield
+        yield (record.headers for record in consumer)
     finally:
-        instrumentor.uninstrument()
+        consumer.close()
 
 
-class Workload:
-    """Blocks of messages through one producer and one consumer."""
-
-    def __init__(self, address: str, topic: str, block: int) -> None:
-        self.address, self.topic, self.block = address, topic, block
-        self.producer = KafkaProducer(
-            bootstrap_servers=address, client_id="benchmark", linger_ms=20
-        )
-        self.consumer = KafkaConsumer(
-            bootstrap_servers=address, client_id="benchmark", max_poll_records=block
-        )
-        self.partition = TopicPartition(topic, 0)
-        self.consumer.assign([self.partition])
-
-    def fill(self, setting: Setting) -> None:
-        """Send what is consumed, with the headers that instrumentation writes."""
-        hand = HandWritten(setting.tracer_provider, self.address)
-        for _ in range(self.block):
-            hand.send(self.producer, self.topic, VALUE, KEY)
-        self.producer.flush()
-
-    def send(self, hand: HandWritten | None) -> Callable[[], None]:
-        topic, producer, block = f"{self.topic}-sent", self.producer, self.block
-
-        def plain() -> None:
-            for _ in range(block):
-                producer.send(topic, VALUE, key=KEY)
-
-        def by_hand() -> None:
-            assert hand is not None
-            for _ in range(block):
-                hand.send(producer, topic, VALUE, KEY)
-
-        return plain if hand is None else by_hand
-
-    def loop(self, hand: HandWritten | None) -> Callable[[], None]:
-        consumer, block = self.consumer, self.block
-
-        def run() -> None:
-            consumer.seek(self.partition, 0)
-            records = consumer if hand is None else hand.process(consumer, consumer)
-            for _ in zip(range(block), records, strict=False):
-                pass
-
-        return run
-
-    def poll(self, hand: HandWritten | None) -> Callable[[], None]:
-        consumer, block = self.consumer, self.block
-
-        def run() -> None:
-            consumer.seek(self.partition, 0)
-            count = 0
-            while count < block:
-                start = time.time_ns()
-                polled = consumer.poll(timeout_ms=1000)
-                if hand is not None:
-                    hand.received(polled, consumer, start)
-                count += sum(map(len, polled.values()))
-
-        return run
-
-    def run_block(
-        self, what: str, variant: str, setting: Setting
-    ) -> tuple[float, float]:
-        """CPU seconds of the calling thread and of the process, for each message."""
-        hand = None
-        if variant == "hand-written":
-            hand = HandWritten(setting.tracer_provider, self.address)
-        run = getattr(self, what)(hand)
-        with installed(variant, setting):
-            gc.collect()
-            process, thread = time.process_time_ns(), time.thread_time_ns()
-            run()
-            thread = time.thread_time_ns() - thread
-            self.producer.flush()
-            process = time.process_time_ns() - process
-        return thread / self.block / 1e3, process / self.block / 1e3
+def _span_id(headers: list[tuple[str, bytes]]) -> int:
+    ((name, value),) = headers
+    assert name == "traceparent"
+    return int(value.split(b"-")[2], 16)
 
 
-def check(workload: Workload, setting: Setting, collected: Collected) -> None:
-    """That the variants make the same spans and headers, before anything is timed."""
-    seen: dict[str, dict[str, list[Any]]] = {}
-    for variant in VARIANTS[1:]:
-        for what in ("send", "loop", "poll"):
-            collected.kept = []
-            workload.run_block(what, variant, setting)
-            seen.setdefault(what, {})[variant] = sorted(
-                (span.name, span.kind.name, len(span.links), set(span.attributes or ()))
-                for span in collected.kept
-                if span.kind is not SpanKind.INTERNAL
-            )
-            collected.kept = None
-    for what, of_variants in seen.items():
-        hand, ours = of_variants["hand-written"], of_variants["ours"]
-        # Ours knows more of the cluster; nothing else may differ.
-        more = {"messaging.kafka.cluster.id"}
-        of_ours = [(n, k, count, names - more) for n, k, count, names in ours]
-        if hand != of_ours:
-            raise SystemExit(
-                f"{what}: hand-written gives {hand[:1]} {len(hand)} times, "
-                f"ours {of_ours[:1]} {len(of_ours)} times"
-            )
-
-
-def measure(workload: Workload, what: str, setting: Setting, rounds: int) -> Any:
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(rounds):
-        for variant in random.sample(VARIANTS, len(VARIANTS)):
-            times[variant].append(workload.run_block(what, variant, setting))
-    result: dict[str, Any] = {}
-    for variant in VARIANTS:
-        for index, scope in enumerate(("thread", "process")):
-            own = [each[index] for each in times[variant]]
-            added = [
-                each[index] - plain[index]
-                for each, plain in zip(times[variant], times["plain"], strict=True)
-            ]
-            quartiles = statistics.quantiles(added, n=4)
-            result.setdefault(variant, {})[scope] = {
-                "microseconds": statistics.median(own),
-                "added": statistics.median(added),
-                "spread": quartiles[2] - quartiles[0],
-            }
-    return result
-
-
-def show(results: dict[str, Any]) -> None:
-    table = Table(
-        title="CPU time that a message costs more than plain, in microseconds"
+def _said_by(span: ReadableSpan) -> tuple[Any, ...]:
+    """What has to be the same; ids and, where messages are sent, offsets are not."""
+    said = {**(span.attributes or {})}
+    if span.kind.name == "PRODUCER":
+        said["messaging.kafka.offset"] = 0
+    return (
+        span.name,
+        span.kind.name,
+        span.parent is not None,
+        [sorted((link.attributes or {}).items()) for link in span.links],
+        sorted((k, v) for k, v in said.items() if k not in OURS_ONLY),
     )
-    for column in ("workload", "scope", "plain", *VARIANTS[1:]):
-        table.add_column(column, justify="left" if column == "workload" else "right")
-    table.add_column("ours / hand-written", justify="right")
-    table.add_column("ours / contrib", justify="right")
-    for name, result in results.items():
-        for scope in ("thread", "process"):
-            added = {each: result[each][scope]["added"] for each in VARIANTS}
-            table.add_row(
-                name,
-                scope,
-                f"{result['plain'][scope]['microseconds']:.1f}",
-                *(
-                    f"{added[each]:.1f} ± {result[each][scope]['spread'] / 2:.1f}"
-                    for each in VARIANTS[1:]
+
+
+def run_long(workload: Workload, messages: int) -> Figures:
+    """Each variant once, without a pause."""
+    times = {
+        variant: workload.run(variant, messages)
+        for variant in random.sample(VARIANTS, len(VARIANTS))
+    }
+    return {
+        variant: {
+            scope: {
+                "microseconds": round(getattr(times[variant], scope), 3),
+                "added": round(
+                    getattr(times[variant], scope) - getattr(times["plain"], scope), 3
                 ),
-                f"{added['ours'] / added['hand-written']:.2f}",
-                f"{added['ours'] / added['contrib']:.2f}",
-            )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
+            }
+            for scope in SCOPES
+        }
+        for variant in VARIANTS
+    }
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Check, then time all cases that are asked for."""
+    collected = Collected()
+    of_name = settings(collected)
+    workloads: dict[str, Figures] = {}
+    long: dict[str, Figures] = {}
+    with EmbeddedBroker() as broker:
+
+        def open_workload(case: Case) -> Workload:
+            setting: Setting = of_name[case.setting]
+            return Workload(broker.address, setting, case, arguments.block)
+
+        for case in CASES:
+            if not fnmatch(case.title, arguments.only):
+                continue
+            workload = open_workload(case)
+            if case.setting == "sampled":
+                check(workload, collected)
+            variants = OURS_ALONE if "metrics" in case.setting else VARIANTS
+            workloads[case.title] = measure(workload, variants, arguments.rounds)
+            workload.close()
+            print(".", end="", file=sys.stderr, flush=True)
+        for case in LONG_CASES if arguments.only == "*" else ():
+            workload = open_workload(case)
+            long[case.title] = run_long(workload, arguments.long)
+            workload.close()
+    print(file=sys.stderr)
+    packages = ("kafka-python", "opentelemetry-sdk", "wrapt")
+    others = ("opentelemetry-instrumentation-kafka-python", "otel-kafka-python")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {each: version(each) for each in (*packages, *others)},
+        "rounds": arguments.rounds,
+        "block": arguments.block,
+        "long": arguments.long,
+        "key": KEY.decode(),
+        "workloads": workloads,
+        "long runs": long,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--block", type=int, default=500)
+    parser.add_argument("--block", type=int, default=500, help="messages of a block")
+    parser.add_argument("--long", type=int, default=LONG, help="of a run with no pause")
+    parser.add_argument("--only", default="*", help="a glob of workloads")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
+    parser.add_argument("--check", action="store_true", help="fail on missed targets")
     arguments = parser.parse_args()
-    collected = Collected()
-    results: dict[str, Any] = {}
-    with EmbeddedBroker() as broker:
-        for setting in settings(collected):
-            topic = f"benchmark-{setting.name.translate({32: 45, 37: 112, 44: None})}"
-            workload = Workload(broker.address, topic, arguments.block)
-            workload.fill(setting)
-            if setting.name == "sampled":
-                check(workload, setting, collected)
-            for what in ("send", "loop", "poll"):
-                results[f"{what}, {setting.name}"] = measure(
-                    workload, what, setting, arguments.rounds
-                )
-            workload.producer.close()
-            workload.consumer.close()
-    show(results)
+    results = compare(arguments)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    show(results, console)
+    if arguments.check and not all(each.reached for each in targets(results)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

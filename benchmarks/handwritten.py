@@ -7,6 +7,7 @@ and for what is consumed a link, a parent, a span that is current in the body.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -47,7 +48,14 @@ class HandWritten:
         self.host, port = server.split(":")
         self.port = int(port)
 
-    def send(self, producer: Any, topic: str, value: bytes, key: bytes | None) -> Any:
+    def send(
+        self,
+        producer: Any,
+        topic: str,
+        value: bytes,
+        key: bytes | None,
+        headers: list[tuple[str, bytes]] | None = None,
+    ) -> Any:
         attributes: dict[str, Any] = {
             **SYSTEM,
             "messaging.operation.name": "send",
@@ -64,9 +72,11 @@ class HandWritten:
         )
         carrier: dict[str, str] = {}
         propagate.inject(carrier, set_span_in_context(span))
-        headers = [(name, text.encode()) for name, text in carrier.items()]
+        written = [(name, text.encode()) for name, text in carrier.items()]
+        if headers:
+            written = headers + written
         try:
-            future = producer.send(topic, value, key=key, headers=headers)
+            future = producer.send(topic, value, key=key, headers=written)
         except Exception as error:
             span.set_attribute("error.type", type(error).__qualname__)
             span.set_status(Status(StatusCode.ERROR, str(error)))
@@ -125,36 +135,75 @@ class HandWritten:
                 context.detach(token)
                 span.end()
 
+    def taken(self, records: Iterable[Any], consumer: Any) -> Iterator[Any]:
+        """The records, each with a receive span of its own."""
+        iterator = iter(records)
+        while True:
+            start = time.time_ns()
+            try:
+                record = next(iterator)
+            except StopIteration:
+                return
+            extracted = propagate.extract(dict(record.headers), getter=GETTER)
+            created = trace.get_current_span(extracted).get_span_context()
+            attributes: dict[str, Any] = {
+                **SYSTEM,
+                "messaging.operation.name": "poll",
+                "messaging.operation.type": "receive",
+                "messaging.destination.name": record.topic,
+                "messaging.destination.partition.id": str(record.partition),
+                "messaging.client.id": consumer.config["client_id"],
+                "messaging.kafka.offset": record.offset,
+                "server.address": self.host,
+                "server.port": self.port,
+                "network.peer.address": self.host,
+                "network.peer.port": self.port,
+            }
+            if record.key is not None:
+                attributes["messaging.kafka.message.key"] = record.key.decode()
+            self.tracer.start_span(
+                f"poll {record.topic}",
+                kind=SpanKind.CLIENT,
+                attributes=attributes,
+                links=[Link(created)] if created.is_valid else None,
+                start_time=start,
+            ).end()
+            yield record
+
     def received(self, polled: dict[Any, list[Any]], consumer: Any, start: int) -> None:
         """A receive span for what a poll has returned."""
         records = [record for batch in polled.values() for record in batch]
         if not records:
             return
+        attributes: dict[str, Any] = {
+            **SYSTEM,
+            "messaging.operation.name": "poll",
+            "messaging.operation.type": "receive",
+            "messaging.destination.name": records[0].topic,
+            "messaging.destination.partition.id": str(records[0].partition),
+            "messaging.batch.message_count": len(records),
+            "messaging.client.id": consumer.config["client_id"],
+            "server.address": self.host,
+            "server.port": self.port,
+            "network.peer.address": self.host,
+            "network.peer.port": self.port,
+        }
         links = []
         for record in records[-128:]:
             extracted = propagate.extract(dict(record.headers), getter=GETTER)
             created = trace.get_current_span(extracted).get_span_context()
+            about: dict[str, Any] = {"messaging.kafka.offset": record.offset}
+            if record.key is not None:
+                about["messaging.kafka.message.key"] = record.key.decode()
+            if len(records) == 1:
+                attributes.update(about)
+                about = {}
             if created.is_valid:
-                about: dict[str, Any] = {"messaging.kafka.offset": record.offset}
-                if record.key is not None:
-                    about["messaging.kafka.message.key"] = record.key.decode()
                 links.append(Link(created, about))
         self.tracer.start_span(
             f"poll {records[0].topic}",
             kind=SpanKind.CLIENT,
-            attributes={
-                **SYSTEM,
-                "messaging.operation.name": "poll",
-                "messaging.operation.type": "receive",
-                "messaging.destination.name": records[0].topic,
-                "messaging.destination.partition.id": str(records[0].partition),
-                "messaging.batch.message_count": len(records),
-                "messaging.client.id": consumer.config["client_id"],
-                "server.address": self.host,
-                "server.port": self.port,
-                "network.peer.address": self.host,
-                "network.peer.port": self.port,
-            },
+            attributes=attributes,
             links=links,
             start_time=start,
         ).end()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage, context, propagate, trace
-from opentelemetry.propagators.b3 import B3MultiFormat
+from opentelemetry.propagators.b3 import B3MultiFormat, B3SingleFormat
 from opentelemetry.propagators.jaeger import JaegerPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -204,9 +204,10 @@ def test_baggage_goes_with_the_message(
     ("made", "names"),
     [
         (B3MultiFormat(), {"x-b3-traceid", "x-b3-spanid", "x-b3-sampled"}),
+        (B3SingleFormat(), {"b3"}),
         (JaegerPropagator(), {"uber-trace-id"}),
     ],
-    ids=["b3", "jaeger"],
+    ids=["b3 multi", "b3 single", "jaeger"],
 )
 def test_other_propagators_are_used_both_ways(
     propagator: Any,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from opentelemetry import baggage, context
 
 from clients import Clients, poll
 from recorder import Recorder
@@ -74,6 +75,7 @@ def test_three_services_in_a_row_are_one_trace_and_none_is_skipped(
 SERVICE = """
     import sys
     from kafka import KafkaConsumer, KafkaProducer
+    from opentelemetry import baggage
     address, source, target = sys.argv[1:]
     producer = KafkaProducer(bootstrap_servers=address)
     consumer = KafkaConsumer(
@@ -81,6 +83,7 @@ SERVICE = """
         auto_offset_reset="earliest", enable_auto_commit=False,
     )
     for record in consumer:
+        print(baggage.get_all())
         producer.send(target, record.value)
         producer.flush()
         consumer.commit()
@@ -90,11 +93,15 @@ SERVICE = """
 """
 
 
-def test_services_in_processes_of_their_own_are_one_trace(
+def test_services_in_processes_of_their_own_are_one_trace_and_see_its_baggage(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
-    with recorder.tracer.start_as_current_span("request"):
-        clients.send(b"value")
+    token = context.attach(baggage.set_baggage("tenant", "blue"))
+    try:
+        with recorder.tracer.start_as_current_span("request"):
+            clients.send(b"value")
+    finally:
+        context.detach(token)
     for step in range(STEPS):
         source = topic if step == 0 else f"{topic}-{step}"
         done = run(
@@ -111,10 +118,11 @@ def test_services_in_processes_of_their_own_are_one_trace(
             },
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout == "{'tenant': 'blue'}\n"
     received = next(clients.consumer(f"{topic}-{STEPS}"))
-    (traceparent,) = [
-        value for name, value in received.headers if name == "traceparent"
-    ]
+    carried, (name, traceparent) = sorted(received.headers)
+    assert carried == ("baggage", b"tenant=blue")
+    assert name == "traceparent"
     request = recorder.one("request").context
     assert request is not None
     assert traceparent.decode().split("-")[1] == f"{request.trace_id:032x}"

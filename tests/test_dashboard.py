@@ -19,7 +19,7 @@ from apache_broker import free_ports
 from clients import DEADLINE, sends_large
 
 # The demo needs a broker that refuses one of its orders, and a client that sends it.
-pytestmark = sends_large
+pytestmark = [sends_large, pytest.mark.one_client]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DASHBOARD = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from clients import sends_large
 
 # One of the demo's orders is too large for the broker.
-pytestmark = sends_large
+pytestmark = [sends_large, pytest.mark.one_client]
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 # So that whatever a demo has started can be told from what others have.

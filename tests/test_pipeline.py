@@ -93,6 +93,7 @@ SERVICE = """
 """
 
 
+@pytest.mark.one_client
 def test_services_in_processes_of_their_own_are_one_trace_and_see_its_baggage(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -1,9 +1,10 @@
 """A Kafka broker in one process, for trying things out and for tests.
 
-    python examples/embedded_broker.py
+    python examples/embedded_broker.py 9092
 
-starts it on a free port of the loopback interface, prints its address, and stops
-it when it is interrupted. The broker is noida-db, one binary in a wheel.
+starts it on this port of the loopback interface, or without one on a port that is free,
+prints its address, and stops it when it is interrupted. The broker is noida-db, one
+binary in a wheel.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class EmbeddedBroker:
 
 
 if __name__ == "__main__":
-    with EmbeddedBroker() as broker:
+    with EmbeddedBroker(port=int(sys.argv[1]) if sys.argv[1:] else 0) as broker:
         print(broker.address, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

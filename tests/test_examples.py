@@ -1,0 +1,137 @@
+"""The examples: each runs as its docstring says, and makes the traces it is about."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = [pytest.mark.one_broker, pytest.mark.one_client]
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+README = (EXAMPLES / "README.md").read_text()
+TIMEOUT = 120
+
+
+def docstring_of(name: str) -> str:
+    source = (EXAMPLES / f"{name}.py").read_text()
+    return ast.get_docstring(ast.parse(source), clean=False) or ""
+
+
+def command_of(name: str) -> str:
+    """The command that an example's docstring tells."""
+    found = re.search(r"^    ((?:.+\\\n)*.+)", docstring_of(name), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def environ(broker: Any) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        "KAFKA_BOOTSTRAP_SERVERS": broker.address,
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "kafka",
+    }
+
+
+def run(name: str, broker: Any, more: Mapping[str, str] | None = None) -> str:
+    """Run an example to its end and return what it printed."""
+    done = subprocess.run(
+        ["sh", "-c", command_of(name)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=TIMEOUT,
+        env={**environ(broker), **(more or {})},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+class Shown(NamedTuple):
+    """A span as `show_spans` prints it."""
+
+    number: int
+    name: str
+    trace: int
+    parent: int | None
+    links: list[int]
+    attributes: dict[str, str]
+
+
+def shown(printed: str) -> list[Shown]:
+    lines = re.findall(
+        r"^span +(\d+)  (.+?) +trace (\d+)"
+        r"(?:, child of (\d+))?(?:, links to ([\d ]+))?((?:, [\w.]+=[^,\n]+)*)$",
+        printed,
+        re.MULTILINE,
+    )
+    return [
+        Shown(
+            int(number),
+            name,
+            int(trace),
+            int(parent) if parent else None,
+            [int(link) for link in links.split()],
+            dict(re.findall(r"([\w.]+)=([^,]+)", attributes)),
+        )
+        for number, name, trace, parent, links, attributes in lines
+    ]
+
+
+def named(spans: list[Shown], name: str) -> list[Shown]:
+    return [span for span in spans if span.name == name]
+
+
+def follows(process: Shown, send: Shown) -> bool:
+    """Whether a process span is of what a send span has sent, in its trace."""
+    return (process.trace, process.parent, process.links) == (
+        send.trace,
+        send.number,
+        [send.number],
+    )
+
+
+def test_hooks_add_attributes_and_the_output_is_that_of_the_readme(broker: Any) -> None:
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    assert run("manual_hooks", broker) == block
+    spans = shown(block)
+    for send, process in zip(
+        named(spans, "send manual-hooks"),
+        named(spans, "process manual-hooks"),
+        strict=True,
+    ):
+        assert follows(process, send)
+        assert [*send.attributes, *process.attributes] == ["app.items", "app.customer"]
+
+
+def test_the_readme_names_every_file() -> None:
+    links = set(re.findall(r"\]\((\S+?)/?\)", README))
+    assert links == {
+        path.name
+        for path in EXAMPLES.iterdir()
+        if path.name not in {"README.md", "__pycache__"}
+    }
+
+
+def test_every_example_of_the_table_is_run_and_is_what_its_docstring_says() -> None:
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \| (.*) \|$", README, re.MULTILINE)
+    assert rows
+    for name, what in rows:
+        assert what == docstring_of(name).splitlines()[0]
+    source = Path(__file__).read_text()
+    run_here = re.findall(r'\b(?:run|command_of)\("(\w+)"', source)
+    assert sorted(run_here) == sorted(name for name, _ in rows)
+    others = {"embedded_broker", "show_spans"}
+    assert {name for name, _ in rows} == {
+        p.stem for p in EXAMPLES.glob("*.py")
+    } - others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -98,6 +99,25 @@ def follows(process: Shown, send: Shown) -> bool:
         send.trace,
         send.number,
         [send.number],
+    )
+
+
+def test_an_application_without_a_line_of_telemetry_is_traced(broker: Any) -> None:
+    printed = run("zero_code", broker)
+    before, said, after = printed.partition("shipping a lamp")
+    assert said
+    # Spans are exported at the end, or after a few seconds.
+    decoder = json.JSONDecoder()
+    rest = (before + after).lstrip()
+    send, end = decoder.raw_decode(rest)
+    process, _ = decoder.raw_decode(rest[end:].lstrip())
+    assert send["name"] == "send zero-code"
+    assert process["name"] == "process zero-code"
+    assert process["context"]["trace_id"] == send["context"]["trace_id"]
+    assert process["parent_id"] == send["context"]["span_id"]
+    assert send["resource"]["attributes"]["service.name"] == "shop"
+    assert (
+        "opentelemetry" not in (EXAMPLES / "zero_code.py").read_text().split('"""')[2]
     )
 
 

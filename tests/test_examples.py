@@ -134,6 +134,24 @@ def test_hooks_add_attributes_and_the_output_is_that_of_the_readme(broker: Any) 
         assert [*send.attributes, *process.attributes] == ["app.items", "app.customer"]
 
 
+def test_each_worker_has_a_span_of_its_own_and_one_fails(broker: Any) -> None:
+    printed = run("worker_threads", broker)
+    spans = shown(printed)
+    sends = named(spans, "send worker-threads")
+    processed = sorted(
+        named(spans, "process worker-threads"), key=lambda span: span.links
+    )
+    for process, send in zip(processed, sends, strict=True):
+        assert follows(process, send)
+    failed = [span for span in processed if span.attributes]
+    assert [span.attributes for span in failed] == [{"error.type": "ValueError"}]
+    assert failed == [processed[2]]
+    assert "not shipped: a broken vase" in printed
+    polls = named(spans, "poll worker-threads")
+    links = [link for poll in polls for link in poll.links]
+    assert links == [send.number for send in sends]
+
+
 def test_the_readme_names_every_file() -> None:
     links = set(re.findall(r"\]\((\S+?)/?\)", README))
     assert links == {

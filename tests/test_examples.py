@@ -152,6 +152,23 @@ def test_each_worker_has_a_span_of_its_own_and_one_fails(broker: Any) -> None:
     assert links == [send.number for send in sends]
 
 
+def test_a_batch_has_one_span_that_links_to_each_message(broker: Any) -> None:
+    printed = run("batch_insert", broker)
+    assert printed.endswith("3 rows\n")
+    spans = shown(printed)
+    sends = named(spans, "send batch-insert")
+    assert len(sends) == 3
+    batches = named(spans, "process batch-insert")
+    links = [link for batch in batches for link in batch.links]
+    assert links == [send.number for send in sends]
+    assert [batch.parent for batch in batches] == [None] * len(batches)
+    # Each is what one poll brought.
+    polls = named(spans, "poll batch-insert")
+    assert [batch.links for batch in batches] == [poll.links for poll in polls]
+    inserts = named(spans, "INSERT")
+    assert [each.parent for each in inserts] == [each.number for each in batches]
+
+
 def test_the_readme_names_every_file() -> None:
     links = set(re.findall(r"\]\((\S+?)/?\)", README))
     assert links == {

@@ -169,6 +169,23 @@ def test_a_batch_has_one_span_that_links_to_each_message(broker: Any) -> None:
     assert [each.parent for each in inserts] == [each.number for each in batches]
 
 
+def test_the_span_of_a_record_holds_its_transaction(broker: Any) -> None:
+    spans = shown(run("exactly_once", broker))
+    sends = named(spans, "send exactly-once-orders")
+    processed = named(spans, "process exactly-once-orders")
+    for process, send in zip(processed, sends, strict=True):
+        assert follows(process, send)
+        within = [span for span in spans if span.parent == process.number]
+        assert {span.trace for span in within} == {send.trace}
+        # The acknowledgement of a send comes on another thread.
+        assert sorted(span.name for span in within) == [
+            "commit_transaction",
+            "send exactly-once-invoices",
+            "send_offsets_to_transaction",
+        ]
+    assert len(spans) == 10
+
+
 def test_the_readme_names_every_file() -> None:
     links = set(re.findall(r"\]\((\S+?)/?\)", README))
     assert links == {

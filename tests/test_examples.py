@@ -6,13 +6,20 @@ import ast
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sysconfig
+import threading
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from embedded_broker import die_with_parent
+
+from clients import DEADLINE
 
 pytestmark = [pytest.mark.one_broker, pytest.mark.one_client]
 
@@ -91,6 +98,11 @@ def shown(printed: str) -> list[Shown]:
 
 def named(spans: list[Shown], name: str) -> list[Shown]:
     return [span for span in spans if span.name == name]
+
+
+def one(spans: list[Shown], name: str) -> Shown:
+    (span,) = named(spans, name)
+    return span
 
 
 def follows(process: Shown, send: Shown) -> bool:
@@ -184,6 +196,50 @@ def test_the_span_of_a_record_holds_its_transaction(broker: Any) -> None:
             "send_offsets_to_transaction",
         ]
     assert len(spans) == 10
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """What a process prints, up to a line in which there is `pattern`."""
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if re.search(pattern, line):
+            return printed
+    raise AssertionError(f"it ended with no {pattern!r}:\n{printed}")
+
+
+def test_a_request_its_message_and_the_thread_are_one_trace(broker: Any) -> None:
+    with subprocess.Popen(
+        [*shlex.split(command_of("fastapi_service")), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=die_with_parent,
+        env=environ(broker),
+    ) as service:
+        impatience = threading.Timer(TIMEOUT, service.kill)
+        impatience.start()
+        try:
+            started = read_until(service, "running on")
+            (address,) = re.findall(r"running on (http://\S+)", started)
+            request = urllib.request.Request(f"{address}/orders/lamp", method="POST")
+            with urllib.request.urlopen(request, timeout=DEADLINE) as response:
+                assert json.load(response).keys() == {"number"}
+            printed = read_until(service, "process fastapi-service")
+            service.send_signal(signal.SIGINT)
+            printed += service.communicate()[0]
+            assert service.returncode == 0
+        finally:
+            service.kill()
+            impatience.cancel()
+    spans = shown(printed)
+    server = one(spans, "POST /orders/{item}")
+    send = one(spans, "send fastapi-service")
+    assert server.parent is None
+    assert (send.trace, send.parent) == (server.trace, server.number)
+    assert follows(one(spans, "process fastapi-service"), send)
 
 
 def test_the_readme_names_every_file() -> None:

@@ -198,6 +198,19 @@ def test_the_span_of_a_record_holds_its_transaction(broker: Any) -> None:
     assert len(spans) == 10
 
 
+def test_a_sampler_decides_by_topic_unless_there_is_a_parent(broker: Any) -> None:
+    printed = run("sampling_by_topic", broker)
+    told = {line for line in printed.splitlines() if line.endswith("sampled")}
+    assert told == {"a lamp is sampled", "a click is not sampled", "a sale is sampled"}
+    spans = shown(printed)
+    assert len(spans) == 5
+    checkout = one(spans, "checkout")
+    click = one(spans, "send sampling-clicks")
+    assert (click.trace, click.parent) == (checkout.trace, checkout.number)
+    for topic in ("sampling-clicks", "sampling-orders"):
+        assert follows(one(spans, f"process {topic}"), one(spans, f"send {topic}"))
+
+
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     """What a process prints, up to a line in which there is `pattern`."""
     assert process.stdout is not None

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from embedded_broker import die_with_parent
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import DEFAULT_ENDPOINT
+from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
 from clients import DEADLINE
 
@@ -253,6 +256,43 @@ def test_a_request_its_message_and_the_thread_are_one_trace(broker: Any) -> None
     assert server.parent is None
     assert (send.trace, send.parent) == (server.trace, server.number)
     assert follows(one(spans, "process fastapi-service"), send)
+
+
+def test_traces_and_metrics_go_to_a_collector(broker: Any) -> None:
+    # A receiver of OTLP stands in for the collector, which takes minutes to build.
+    with OtlpProtoTestServer() as receiver:
+        endpoint = f"http://127.0.0.1:{receiver.port}"
+        more = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        assert run("otlp_collector", broker, more) == "shipping a lamp\n"
+        spans = receiver.drain_spans()
+        metrics = receiver.drain_metrics()
+    assert [each.span.name for each in spans] == [
+        "send otlp-collector",
+        "process otlp-collector",
+    ]
+    send, process = (each.span for each in spans)
+    assert (process.trace_id, process.parent_span_id) == (send.trace_id, send.span_id)
+    received: list[Any] = [*spans, *metrics]
+    for each in received:
+        assert "shop" in {a.value.string_value for a in each.resource.attributes}
+    assert {each.metric.name for each in metrics} == {
+        "messaging.client.operation.duration",
+        "messaging.client.sent.messages",
+        "messaging.client.consumed.messages",
+        "messaging.process.duration",
+    }
+
+
+def test_the_collector_takes_what_the_application_sends() -> None:
+    config = yaml.safe_load((EXAMPLES / "collector.yaml").read_text())
+    listens_on = config["receivers"]["otlp"]["protocols"]["http"]["endpoint"]
+    assert f"http://{listens_on}/" == DEFAULT_ENDPOINT
+    pipelines = config["service"].pop("pipelines")
+    assert pipelines.keys() == {"traces", "metrics"}
+    for pipeline in pipelines.values():
+        assert pipeline["receivers"] == ["otlp"]
+        for kind, parts in pipeline.items():
+            assert set(parts) <= config[kind].keys()
 
 
 def test_the_readme_names_every_file() -> None:

@@ -1,0 +1,24 @@
+"""How the documentation is built: `tox -e docs`."""
+
+from otel_kafka_python import __version__
+
+project = "otel-kafka-python"
+author = "The otel-kafka-python authors"
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nitpicky = True
+# Types of other projects, whose documentation is not asked for.
+nitpick_ignore_regex = [("py:.*", r"(?!otel_kafka_python).*")]
+
+myst_heading_anchors = 3
+
+# Docstrings mark code with single backticks.
+default_role = "code"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+
+html_theme = "furo"
+html_title = f"otel-kafka-python {version}"

@@ -18,9 +18,11 @@ myst_heading_anchors = 3
 # Docstrings mark code with single backticks.
 default_role = "code"
 add_module_names = False
-autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 html_theme = "furo"
 html_title = f"otel-kafka-python {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_show_copyright = False

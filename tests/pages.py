@@ -1,0 +1,47 @@
+"""The README and the documentation as the tests read them: blocks and tables."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.stem: path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+
+
+class Block(NamedTuple):
+    """A block of code; what stands in braces instead of a language is Sphinx's."""
+
+    page: str
+    language: str
+    code: str
+
+
+BLOCKS = [
+    Block(page, language, textwrap.dedent(code))
+    for page, text in PAGES.items()
+    for _, language, code in re.findall(
+        r"^( *)```(\w*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE
+    )
+]
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return PAGES[page].split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the table under a heading."""
+    rows = re.findall(r"^\|(.*)\|$", section(page, heading), re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
+
+
+def code_in(cell: str) -> list[str]:
+    """What a cell has as code."""
+    return re.findall(r"`(.+?)`", cell)

@@ -1,0 +1,339 @@
+"""The tables of the README and the documentation: they are what the code has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import kafka.errors
+import pytest
+from kafka import KafkaConsumer
+from opentelemetry.instrumentation.kafka import KafkaInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan
+
+from clients import (
+    DEADLINE,
+    IS_NG,
+    VERSION,
+    Clients,
+    committable,
+    poll,
+    sends_large,
+    take,
+)
+from conformance import EVENTS, TRANSACTIONS, TYPES
+from conftest import Instrument
+from otel_kafka_python import _client, _config, _semconv, process_span
+from pages import PAGES, code_in, table
+from recorder import Recorder, attributes_of
+
+TOO_LARGE = 3_000_000
+
+
+def refuse(value: bytes) -> None:
+    raise ValueError(value)
+
+
+def fail(attempt: Callable[[], Any]) -> None:
+    with pytest.raises(Exception, match=r".*"):
+        attempt()
+
+
+def send(clients: Clients) -> None:
+    producer = clients.producer(max_request_size=2 * TOO_LARGE)
+    for key in (b"one", b"two"):
+        producer.send(clients.topic, b"value", key=key, headers=[("shop", b"north")])
+    producer.send(clients.topic, None, key=b"tombstone")
+    refused = producer.send(clients.topic, os.urandom(TOO_LARGE))
+    fail(lambda: refused.get(DEADLINE))
+    producer.flush()
+
+
+def receive(clients: Clients) -> None:
+    polled = poll(clients.consumer())
+    with process_span(polled):
+        pass
+    for _ in take(clients.finite(3), 3):
+        pass
+    fail(lambda: poll(clients.consumer(value_deserializer=refuse)))
+
+
+def process(clients: Clients) -> None:
+    for record in clients.finite(3, group_id=clients.topic):
+        with pytest.raises(ValueError, match="from the body"), process_span(record):
+            raise ValueError("from the body")
+
+
+def commit(clients: Clients) -> None:
+    consumer = clients.consumer(group_id=f"{clients.topic}-commits")
+    poll(consumer)
+    consumer.commit()
+    consumer._coordinator.reset_generation()  # as when it was put out of its group
+    fail(lambda: consumer.commit(committable(clients.topic, 1)))
+
+
+def transact(clients: Clients) -> None:
+    if VERSION < (2, 2):
+        return
+    producer = clients.producer(transactional_id=clients.topic)
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send(clients.topic, b"value")
+    producer.send_offsets_to_transaction(committable(clients.topic, 3), "group")
+    producer.commit_transaction()
+    producer.begin_transaction()
+    producer.abort_transaction()
+    fail(producer.commit_transaction)
+
+
+@pytest.fixture
+def everything(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> list[ReadableSpan]:
+    """The spans of all that there is a span of, with all that can be asked for."""
+    instrument(capture_headers="*", capture_message_size=True, capture_queue_time=True)
+    for work in (send, receive, process, commit, transact):
+        work(clients)
+    return recorder.ended
+
+
+def operation(span: ReadableSpan) -> str:
+    return str((span.attributes or {})["messaging.operation.name"])
+
+
+@sends_large
+@pytest.mark.one_broker
+def test_the_spans_are_those_of_the_table(everything: list[ReadableSpan]) -> None:
+    documented = set()
+    for does, name, kind, _, _ in table("README", "Spans"):
+        names = [each.split()[0] for each in code_in(name)]
+        if not names:
+            names = re.findall(r"(\w+)\(", does)
+        documented |= {(each, kind) for each in names}
+    if VERSION < (2, 2):
+        documented = {each for each in documented if each[0] not in TRANSACTIONS}
+    assert documented == {(operation(span), span.kind.name) for span in everything}
+
+
+COLUMNS = {
+    "send": {"send"},
+    "poll": {"poll"},
+    "process": {"process"},
+    "commit": {"commit"},
+    "transaction": TRANSACTIONS,
+}
+# Before 2.1 the metadata has no cluster's id.
+UNKNOWN = {"messaging.kafka.cluster.id"} if VERSION < (2, 1) else set()
+
+
+@sends_large
+@pytest.mark.one_broker
+def test_the_spans_have_the_attributes_of_the_table(
+    everything: list[ReadableSpan],
+) -> None:
+    rows = {code_in(name)[0]: rest for name, *rest in table("spans", "Attributes")}
+    rows["messaging.header.shop"] = rows.pop("messaging.header.<name>")
+    for index, (column, operations) in enumerate(COLUMNS.items(), 1):
+        seen = [
+            set(attributes)
+            for span, attributes in zip(
+                everything, attributes_of(everything), strict=True
+            )
+            if operation(span) in operations
+        ]
+        if not seen:
+            assert (column, VERSION < (2, 2)) == ("transaction", True)
+            continue
+        documented = {name for name, cells in rows.items() if cells[index]}
+        assert documented - UNKNOWN == set().union(*seen) - UNKNOWN
+        always = {name for name, cells in rows.items() if cells[index] == "always"}
+        assert always <= set.intersection(*seen)
+    types = {name: TYPES.get(cells[0], tuple) for name, cells in rows.items()}
+    for attributes in attributes_of(everything):
+        assert {name: type(value) for name, value in attributes.items()} == {
+            name: types[name] for name in attributes
+        }
+
+
+METRICS = {
+    "operation duration": "messaging.client.operation.duration",
+    "process duration": "messaging.process.duration",
+    "sent": "messaging.client.sent.messages",
+    "consumed": "messaging.client.consumed.messages",
+    "queue time": "kafka.record.queue_time",
+}
+
+
+@sends_large
+@pytest.mark.one_broker
+def test_the_metrics_are_those_of_the_tables(
+    everything: list[ReadableSpan], recorder: Recorder
+) -> None:
+    metrics = {metric.name: metric for metric in recorder.metrics()}
+    kinds = {"histogram": "explicit_bounds", "counter": "is_monotonic"}
+    for name, kind, unit, _ in table("README", "Metrics"):
+        metric = metrics.pop(code_in(name)[0])
+        assert metric.unit == unit
+        (point, *_) = metric.data.data_points
+        assert hasattr(point, kinds[kind]) or hasattr(metric.data, kinds[kind])
+    assert metrics == {}
+    rows = {code_in(name)[0]: rest for name, *rest in table("metrics", "Attributes")}
+    for index, name in enumerate(METRICS.values()):
+        seen = [set(point.attributes) for point in recorder.points(name)]
+        assert {each for each, cells in rows.items() if cells[index]} == set().union(
+            *seen
+        )
+        always = {each for each, cells in rows.items() if cells[index] == "always"}
+        assert always <= set.intersection(*seen)
+
+
+# No operation of ours is the creation of a message.
+EMITTED = {n: event for n, event in EVENTS.items() if n != "messaging.create.exception"}
+
+
+def test_the_log_events_are_those_of_the_table() -> None:
+    assert {
+        code_in(name)[0]: severity for name, severity, _ in table("spans", "Exceptions")
+    } == {name: event["severity"] for name, event in EMITTED.items()}
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    documented = {}
+    for names, variable, default, _ in table("README", "Settings"):
+        for name in code_in(names):
+            documented[name] = (variable.strip("`"), default)
+    for provider in ("tracer_provider", "meter_provider", "logger_provider"):
+        documented.pop(provider)
+    defaults = _config.Config()
+    assert documented == {
+        name: (
+            "" if name.endswith("_hook") else f"OTEL_PYTHON_KAFKA_{name.upper()}",
+            _config.shown(getattr(defaults, name)).lower(),
+        )
+        for name in _config._PARSERS
+    }
+
+
+PREFIXES = {"messaging", "server", "network", "kafka", "error", "exception"}
+
+
+def test_the_pages_name_every_attribute_and_metric_and_no_other() -> None:
+    reference = PAGES["README"] + PAGES["spans"] + PAGES["metrics"].split("## Fewer")[0]
+    documented = {
+        name
+        for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:<name>)?`", reference)
+        if name.split(".")[0] in PREFIXES
+    }
+    ours = {
+        value
+        for name, value in vars(_semconv).items()
+        if name.isupper() and isinstance(value, str) and "." in value
+    }
+    assert documented == (ours | set(EMITTED)) - {_semconv.SCHEMA_URL}
+
+
+def test_the_convention_is_the_one_that_is_emitted() -> None:
+    assert _semconv.SCHEMA_URL.endswith("/1.44.0")
+    assert "1.44.0, to the letter" in PAGES["README"]
+    assert f"`{_semconv.SCHEMA_URL}`" in PAGES["spans"]
+
+
+def error_classes() -> dict[str, type[BaseException]]:
+    # The one that is no error is never raised.
+    return {
+        name: each
+        for name, each in vars(kafka.errors).items()
+        if isinstance(each, type)
+        and issubclass(each, BaseException)
+        and each is not kafka.errors.NoError
+    }
+
+
+def test_every_error_of_kafka_python_is_in_a_table_with_its_error_type() -> None:
+    documented = {
+        code_in(row[0])[0]: code_in(row[0])[0]
+        for row in table("errors", "kafka-python's own")
+    }
+    numbers = {}
+    for value, number, classes in table("errors", "Kafka's"):
+        for name in code_in(classes):
+            documented[name] = code_in(value)[0]
+            numbers[name] = int(number)
+    for name, cls in error_classes().items():
+        error = cls.__new__(cls)  # some cannot be made without arguments
+        assert documented.get(name) == _client.error_type(error), name
+        assert numbers.get(name) in (None, _client._error_code(error)), name
+
+
+def test_what_is_met_most_is_an_error_type() -> None:
+    values = {
+        code_in(row[0])[0]
+        for heading in ("Kafka's", "kafka-python's own")
+        for row in table("errors", heading)
+    }
+    met = {
+        value for row in table("errors", "What you will meet")
+        for value in code_in(row[0])
+    }  # fmt: skip
+    assert met - values == {
+        _semconv.OUTCOME_UNKNOWN, "AssertionError", "ValueError", "TypeError"
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(IS_NG, reason="the other skips itself")
+@pytest.mark.one_broker
+def test_the_contrib_package_emits_what_the_migration_starts_from(
+    clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    contrib = KafkaInstrumentor()
+    contrib.instrument(tracer_provider=recorder.tracer_provider)
+    try:
+        clients.send(b"value")
+        consumer: KafkaConsumer = clients.consumer()
+        next(consumer)
+        poll(clients.consumer())
+    finally:
+        contrib.uninstrument()
+    spans = {span.name: span for span in recorder.ended}
+    rows = {does: was for does, was, _ in table("migration", "Spans")}
+    assert {
+        (span.name.replace(topic, "{topic}"), span.kind.name) for span in spans.values()
+    } == {
+        (code_in(was)[0], was.rsplit(" ", 1)[1])
+        for was in rows.values()
+        if was != "none"
+    }
+    documented = {
+        code_in(was)[0]: was
+        for was, _ in table("migration", "Attributes")
+        if was.startswith("`")
+    }
+    for span in spans.values():
+        attributes = dict(span.attributes or {})
+        assert set(attributes) == set(documented)
+        assert attributes["messaging.system"] == "kafka"
+        assert attributes["messaging.kafka.partition"] == 0
+        assert json.loads(str(attributes["messaging.url"])) == clients.address
+        scope = span.instrumentation_scope
+        assert scope is not None
+        assert f"`{scope.name}`" in PAGES["migration"]
+        assert str(scope.schema_url).endswith("/1.11.0")
+
+
+def test_the_migration_leads_to_what_is_emitted() -> None:
+    ours = {each for each in vars(_semconv).values() if isinstance(each, str)}
+    for _, become in table("migration", "Attributes"):
+        names = [each for each in code_in(become) if "." in each]
+        assert names
+        assert set(names) <= ours
+    spans = {
+        (name, kind)
+        for _, names, kind, *_ in table("README", "Spans")
+        for name in code_in(names)
+    }
+    for _, _, become in table("migration", "Spans"):
+        name, kind = become.rsplit(", ", 1)
+        assert (name.strip("`"), kind) in spans

@@ -15,7 +15,7 @@ PAGES = {
 
 
 class Block(NamedTuple):
-    """A block of code; what stands in braces instead of a language is Sphinx's."""
+    """A block of code."""
 
     page: str
     language: str
@@ -26,8 +26,9 @@ BLOCKS = [
     Block(page, language, textwrap.dedent(code))
     for page, text in PAGES.items()
     for _, language, code in re.findall(
-        r"^( *)```(\w*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE
+        r"^( *)```(\S*).*?\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE
     )
+    if not language.startswith("{")  # a directive of Sphinx's
 ]
 
 

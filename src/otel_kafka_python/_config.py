@@ -16,10 +16,10 @@ from opentelemetry.trace import Span
 from otel_kafka_python._safety import logger
 
 ProduceHook = Callable[[Span, tuple[Any, ...], dict[str, Any]], object]
-"""`produce_hook(span, args, kwargs)`: the send span, and the arguments of `send`."""
+"""Called as `produce_hook(span, args, kwargs)`, with the arguments of `send`."""
 
 ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
-"""`consume_hook(span, record, args, kwargs)`: the span that accounts for `record`."""
+"""Called as `consume_hook(span, record, args, kwargs)`; the span is of the record."""
 
 _VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
 _LINK_LIMIT_VARIABLE = "OTEL_SPAN_LINK_COUNT_LIMIT"

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -142,11 +141,12 @@ class Programs:
                 sys.stdout.write(output.read_text())
                 raise
             finally:
-                server.send_signal(signal.SIGTERM)
+                server.terminate()
                 try:
                     server.wait(DEADLINE)
                 finally:
                     server.kill()
+                    server.wait()
 
 
 @pytest.fixture
@@ -254,7 +254,9 @@ def test_gunicorns_workers_are_traced(
     else:
         programs.write(**{"gunicorn.conf": POST_FORK, "telemetry": TELEMETRY})
     (port,) = free_ports(1)
-    programs.environ["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{port}"
+    # A worker that is still in its `post_fork` does not hear that it is to end.
+    arguments = f"--bind 127.0.0.1:{port} --graceful-timeout 3"
+    programs.environ["GUNICORN_CMD_ARGS"] = arguments
     with programs.running(command):
         assert ask(port) == b"ordered\n"
         spans = receiver.get_spans(1, DEADLINE)

@@ -898,6 +898,26 @@ def test_limit_of_records_in_batches_of_itertools_only_the_last_is_current(
     assert len(recorder.named(f"process {topic}")) == COUNT
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [list, sorted, copy.copy, lambda records: records[:]],
+    ids=["list", "sorted", "copy", "slice"],
+)
+def test_limit_a_loop_over_a_copy_of_what_poll_returned_makes_no_process_span(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    topic: str,
+    copied: Callable[[Any], Any],
+) -> None:
+    """A documented limit: it is a plain list."""
+    for record in copied(records_of(produced)):
+        assert trace.get_current_span() is trace.INVALID_SPAN
+        with process_span(record):
+            pass
+    assert len(recorder.named(f"process {topic}")) == COUNT
+
+
 def test_what_poll_returned_can_be_rebuilt_as_a_list_can(
     produced: Clients, instrumented: None
 ) -> None:

@@ -76,12 +76,18 @@ def why_unavailable() -> str | None:
     return None
 
 
+def cache() -> Path:
+    """The directory where what is fetched for the tests is kept."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = user / "otel-kafka-python"
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept
+
+
 def libraries() -> Path:
     """The directory with Kafka's jars, which Maven fills the first time."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jars = cache / "otel-kafka-python" / f"kafka-{KAFKA_VERSION}"
+    jars = cache() / f"kafka-{KAFKA_VERSION}"
     if not jars.is_dir():
-        jars.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=jars.parent) as scratch:
             pom = Path(scratch) / "pom.xml"
             pom.write_text(POM)

@@ -787,6 +787,24 @@ def test_no_record_is_kept_longer_than_by_the_plain_client(
         gc.enable()
 
 
+class Keeping(kafka.KafkaConsumer):  # type: ignore[misc]  # untyped
+    """Keeps its frames, as 3.0 does with the exception of a fetch that times out."""
+
+    def __next__(self) -> Any:
+        self.frame = sys._getframe()
+        return super().__next__()
+
+
+def test_a_scope_ends_with_its_loop_though_the_client_keeps_its_frames(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    for _ in produced.consumer(cls=Keeping):
+        break
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert len(recorder.named(f"process {topic}")) == 1
+    assert recorder.open() == []
+
+
 def test_the_garbage_collector_ends_no_span_itself(
     produced: Clients, instrumented: None, recorder: Recorder, topic: str
 ) -> None:

@@ -290,6 +290,7 @@ class ConsumerIterator(ScopedIterator):
             raise
         finally:
             self._client.advancing = None
+            del self  # as in `__next__`
 
     def __getattr__(self, name: str) -> Any:
         # A copy that was not initialised has no consumer, and must not look for it.

@@ -457,12 +457,17 @@ class ScopedIterator:
         if scope is not None:
             self._scope = None
             scope.close()
-        record = self._advance()
         try:
-            self._hand_over(record, self._is_asked_by_loop())
-        except Exception:
-            report("trace the processing of a record")
-        return record
+            record = self._advance()
+            try:
+                self._hand_over(record, self._is_asked_by_loop())
+            except Exception:
+                report("trace the processing of a record")
+            return record
+        finally:
+            # An exception that is kept keeps the frames it was raised under, and
+            # kafka-python 3.0 keeps those of waits that time out: let none keep this.
+            del self
 
     def _is_asked_by_loop(self) -> bool:
         # The frame that called `__next__`. A loop asks from one place again and

@@ -48,6 +48,9 @@ class Clients:
         self._made: list[Any] = []
 
     def producer(self, cls: type = KafkaProducer, **config: Any) -> Any:
+        if VERSION < (2, 2):
+            # A new topic's leader may not be ready, and these do not try again.
+            config.setdefault("retries", 100)
         producer = cls(bootstrap_servers=self.address, **config)
         self._made.append(producer)
         return producer

@@ -31,6 +31,9 @@ from opentelemetry.trace import TracerProvider as AnyTracerProvider
 
 from otel_kafka_python import KafkaPythonInstrumentor
 
+# A change of the classes' methods empties the interpreter's caches; in an application
+# they are full again after the first messages.
+WARM_UP = 100
 VALUE = b"x" * 100
 KEY = b"key-0123"
 VARIANTS = ("plain", "hand-written", "contrib", "ours")
@@ -275,8 +278,11 @@ class Workload:
         hand = None
         if variant == "hand-written":
             hand = HandWritten(self.setting.tracer_provider, self.address)
-        work = getattr(self, self.case.work)(hand, count)
+        make = getattr(self, self.case.work)
+        warm_up, work = make(hand, WARM_UP), make(hand, count)
         with installed(variant, self.setting, self.case):
+            warm_up()
+            self.flush()
             gc.collect()
             process, thread = time.process_time_ns(), time.thread_time_ns()
             work()

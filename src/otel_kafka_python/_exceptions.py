@@ -45,6 +45,11 @@ class Exceptions:
                 "otel_kafka_python", __version__, provider, SCHEMA_URL
             )
 
+    @property
+    def are_logged(self) -> bool:
+        """Whether they are logged, which even a span that is not sampled calls for."""
+        return self._logger is not None
+
     def record(
         self, span: Span | None, operation_type: str, error: BaseException
     ) -> None:

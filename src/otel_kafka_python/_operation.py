@@ -107,6 +107,16 @@ class Facts:
             self.by_partition[partition] = known
         return known
 
+    def is_end_wanted(self, span: Span | None) -> bool:
+        """Whether anybody would know of the end of an operation with this span."""
+        try:
+            if span is not None and span.is_recording():
+                return True
+        except Exception:
+            report("ask whether a span is recorded")
+            return True
+        return self.duration is not None or self.exceptions.are_logged
+
 
 class Telemetry:
     """What all wrappers of one `instrument()` share.

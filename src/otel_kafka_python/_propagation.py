@@ -94,12 +94,11 @@ def inject(headers: Any, context: Context) -> Any:
     if not carrier:
         return headers
     written: list[Any] = [(name, value.encode()) for name, value in carrier.items()]
-    if not headers:
-        kept = []
-    else:
-        stale = _fields() | carrier.keys()
-        kept = [header for header in headers if _name(header) not in stale]
-    if headers is None or type(headers) is list:
+    if headers is None:
+        return written
+    stale = _fields() | carrier.keys()
+    kept = [header for header in headers if _name(header) not in stale]
+    if type(headers) is list:
         return kept + written
     # Some versions of kafka-python refuse a subclass of list and some take it:
     # the copy is of the same class, so that they go on to do so.

@@ -310,6 +310,8 @@ class ConsumerIterator(ScopedIterator):
                 self._scope = process(telemetry, client, record)
             return
         scope = self._scope = process(telemetry, client, record)
+        if scope is not None and scope.facts.duration is None:
+            return  # nor is there a counter
         facts = telemetry.facts(client, POLL, record.topic, record.partition)
         if facts is not None:
             count_records(facts, [record], None if scope is None else scope.span)

@@ -44,12 +44,16 @@ class Account(NamedTuple):
 
 def shared_topic(records: Sequence[Record]) -> str | None:
     """The topic of all records, or None if they are of several."""
+    if len(records) == 1:
+        return records[0].topic  # type: ignore[no-any-return]  # untyped
     topics = {record.topic for record in records}
     return topics.pop() if len(topics) == 1 else None
 
 
 def shared_partition(records: Sequence[Record]) -> int | None:
     """The partition of all records, or None if they are of several."""
+    if len(records) == 1:
+        return records[0].partition  # type: ignore[no-any-return]  # untyped
     partitions = {(record.topic, record.partition) for record in records}
     return partitions.pop()[1] if len(partitions) == 1 else None
 
@@ -65,15 +69,15 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
         records: The records, at least one.
         batch: Whether the operation is one on batches, even of one message.
     """
-    attributes: Attributes = (
-        {MESSAGING_BATCH_MESSAGE_COUNT: len(records)} if batch else {}
-    )
     if len(records) == 1:
-        attributes.update(_attributes_of(config, records[0]))
+        attributes = _attributes_of(config, records[0])
         context = _extract(records[0])
-        created = creation_context(context)
+        created = creation_context(context) if context else None
         links = [Link(created)] if created else []
-        return Account(attributes, links, Context() if batch else context)
+        if batch:
+            attributes[MESSAGING_BATCH_MESSAGE_COUNT] = 1
+            context = Context()
+        return Account(attributes, links, context)
     several_topics = shared_topic(records) is None
     several_partitions = shared_partition(records) is None
     links = []
@@ -91,7 +95,7 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
             about[MESSAGING_DESTINATION_PARTITION_ID] = partition_id(record.partition)
         links.append(Link(created, about))
     links.reverse()
-    return Account(attributes, links, Context())
+    return Account({MESSAGING_BATCH_MESSAGE_COUNT: len(records)}, links, Context())
 
 
 def _attributes_of(config: Config, record: Record) -> Attributes:

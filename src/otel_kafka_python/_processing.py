@@ -27,10 +27,12 @@ from opentelemetry.trace import (
 )
 
 from otel_kafka_python import _config
-from otel_kafka_python._attributes import Attributes, queue_seconds
+from otel_kafka_python._attributes import queue_seconds
 from otel_kafka_python._client import Client
+from otel_kafka_python._config import Config
 from otel_kafka_python._loops import Asker, asker_at, is_loop
 from otel_kafka_python._messages import (
+    Account,
     Record,
     account_for,
     creation_context_of,
@@ -146,8 +148,9 @@ class Scope(Operation):
 
         Args:
             base: What is current around it.
-            context: What is current in it, besides its span. Without a span
-                nothing is made current.
+            context: What is current in it, besides its span, and under
+                `_PROCESSED_KEY` what it accounts for. Without a span nothing is made
+                current.
         """
         below = _innermost.get(None)
         while below is not None and below._marker is None:
@@ -158,7 +161,6 @@ class Scope(Operation):
         if self.span is None:
             return
         try:
-            context = otel_context.set_value(_PROCESSED_KEY, self.processed, context)
             attached = set_span_in_context(self.span, context)
             self._token = otel_context.attach(attached)
             self._base, self._attached = base, attached
@@ -347,7 +349,7 @@ def _base() -> Context:
         if context is scope._attached and scope._base is not None:
             context = scope._base
         scope = scope._below
-    return _live(context)
+    return _live(context) if context else context
 
 
 def _live(context: Context) -> Context:
@@ -384,7 +386,6 @@ def open_scope(
     Returns:
         The scope, which is to be closed; or None if there is nothing to do.
     """
-    end_abandoned()
     config = telemetry.config
     facts = telemetry.facts(
         client, PROCESS, shared_topic(records), shared_partition(records)
@@ -399,25 +400,26 @@ def open_scope(
         scope = Scope(facts, None, started, Processed(records, (), None))
         scope.enter(base, base)
         return scope
-    account = account_for(config, records, batch=batch)
-    if config.capture_queue_time and not batch:
-        account.attributes.update(_queue_time(records[0], started))
-    context = parent = Context({**base, **account.context})
-    ambient = get_current_span(base)
-    if config.process_parent == "none":
-        parent = set_span_in_context(INVALID_SPAN, context)
-    elif ambient.get_span_context().is_valid:
-        parent = set_span_in_context(ambient, context)
+    account = _account_for(config, records, started, batch=batch)
+    outer: Any = base.get(_PROCESSED_KEY)
+    processed = Processed(records, account.links, outer)
+    # One copy: what the message carries, and what a send in it has to know.
+    context = Context({**base, **account.context, _PROCESSED_KEY: processed})
     span = telemetry.start_span(
         facts,
         SpanKind.CONSUMER,
         started,
         account.attributes,
-        context=parent,
+        context=_parent(config, base, context),
         links=account.links,
     )
-    outer: Any = base.get(_PROCESSED_KEY)
-    processed = Processed(records, account.links, outer)
+    if (
+        span is INVALID_SPAN
+        and not (base or account.context or config.consume_hook)
+        and not facts.is_end_wanted(span)
+    ):
+        # Without an SDK there is nothing to make current then: saves half.
+        return None
     scope = Scope(facts, span, started, processed)
     try:
         scope.enter(base, context)
@@ -429,9 +431,26 @@ def open_scope(
     return scope
 
 
-def _queue_time(record: Record, started: int) -> Attributes:
-    seconds = queue_seconds(record.timestamp, started)
-    return {} if seconds is None else {KAFKA_RECORD_QUEUE_TIME_MS: round(seconds * 1e3)}
+def _parent(config: Config, base: Context, context: Context) -> Context:
+    """`context`, with the span that is to be the parent of a process span in it."""
+    if config.process_parent == "none":
+        return set_span_in_context(INVALID_SPAN, context)
+    if base:
+        ambient = get_current_span(base)
+        if ambient.get_span_context().is_valid:
+            return set_span_in_context(ambient, context)
+    return context
+
+
+def _account_for(
+    config: Config, records: Sequence[Record], started: int, *, batch: bool
+) -> Account:
+    account = account_for(config, records, batch=batch)
+    if config.capture_queue_time and not batch:
+        seconds = queue_seconds(records[0].timestamp, started)
+        if seconds is not None:
+            account.attributes[KAFKA_RECORD_QUEUE_TIME_MS] = round(seconds * 1e3)
+    return account
 
 
 class ScopedIterator:
@@ -570,6 +589,7 @@ class RecordsIterator(ScopedIterator):
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         telemetry = self._telemetry
         if by_loop and telemetry.is_enabled() and self._records.take(record):
+            end_abandoned()
             self._scope = process(telemetry, self._client, record)
 
 
@@ -688,6 +708,7 @@ class ProcessSpan:
         telemetry = _telemetry
         if not telemetry.is_enabled():
             return None, False
+        end_abandoned()
         given = self._given
         batch = not hasattr(given, "offset")
         if not batch:

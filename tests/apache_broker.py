@@ -12,9 +12,10 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
-from embedded_broker import POLL_INTERVAL, START_TIMEOUT, STOP_TIMEOUT, die_with_parent
+from embedded_broker import POLL_INTERVAL, START_TIMEOUT, die_with_parent
 
 KAFKA_VERSION = "4.1.1"
 OLDEST_JAVA = 17
@@ -44,21 +45,22 @@ POM = f"""\
 
 PROPERTIES = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+node.id={number}
+controller.quorum.voters={voters}
+listeners={protocol}://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners={protocol}://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
-inter.broker.listener.name=PLAINTEXT
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT
+inter.broker.listener.name={protocol}
 log.dirs={data}
 num.partitions=1
 group.initial.rebalance.delay.ms=0
+min.insync.replicas={majority}
 offsets.topic.num.partitions=1
-offsets.topic.replication.factor=1
+offsets.topic.replication.factor={count}
 transaction.state.log.num.partitions=1
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={count}
+transaction.state.log.min.isr={majority}
 """
 
 
@@ -115,75 +117,172 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-class ApacheBroker:
-    """One broker that is its own controller; a context manager."""
+class Node:
+    """One of the brokers: a process, and what it has stored, which outlives that.
 
-    def __init__(self) -> None:
-        self.address = ""
-        self._directory = Path()
+    Args:
+        directory: Where its properties, its log and its data are.
+        port: Where it listens.
+    """
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.port = port
+        self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self._directory / "log").read_text()
+
+    def format(self, cluster_id: str, users: Mapping[str, str], text: str) -> None:
+        """Write its properties and prepare its storage."""
+        self._directory.mkdir()
+        properties = self._directory / "server.properties"
+        properties.write_text(text)
+        command = ["java", "-cp", f"{libraries()}/*", "kafka.tools.StorageTool"]
+        command += ["format", "-t", cluster_id, "-c", str(properties)]
+        for name, password in users.items():
+            scram = f"SCRAM-SHA-256=[name={name},password={password}]"
+            command += ["--add-scram", scram]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def start(self) -> None:
+        """Start it, perhaps again, and wait until it listens."""
+        self.launch()
+        if not self.listens():
+            raise RuntimeError(f"Apache Kafka did not start:\n{self.log}")
+
+    def launch(self) -> None:
+        """Start its process, and do not wait."""
+        command = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+        command += ["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        command += ["-cp", f"{libraries()}/*", "kafka.Kafka", "server.properties"]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._directory,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+            )
+
+    def listens(self) -> bool:
+        """Wait until it listens; whether it does."""
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 0.1).close()
+            except OSError:
+                time.sleep(POLL_INTERVAL)
+            else:
+                return True
+        return False
+
+    def freeze(self) -> None:
+        """Have it neither run nor end: its connections stay, and nothing answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it as a crash would, also if it is frozen or has ended."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+class ApacheBroker:
+    """One broker or more, each of them a controller, too; a context manager.
+
+    Args:
+        count: How many brokers.
+        advertised_port: The port that clients are told, if it is that of a proxy.
+        protocol: How clients talk to it, PLAINTEXT or SASL_SSL.
+        properties: More lines of each broker's properties.
+        users: The passwords of those who can log in by SCRAM, by their names.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        *,
+        advertised_port: int | None = None,
+        protocol: str = "PLAINTEXT",
+        properties: str = "",
+        users: Mapping[str, str] | None = None,
+    ) -> None:
+        self.nodes: list[Node] = []
+        self._count = count
+        self._advertised_port = advertised_port
+        self._protocol = protocol
+        self._properties = properties
+        self._users = users or {}
+        self._directory = Path()
+
+    @property
+    def address(self) -> str:
+        return ",".join(node.address for node in self.nodes)
+
+    def node_at(self, port: int) -> Node:
+        (node,) = (node for node in self.nodes if node.port == port)
+        return node
 
     def start(self) -> None:
         reason = why_unavailable()
         if reason is not None:
             raise RuntimeError(f"Apache Kafka cannot be run: {reason}")
         for _ in range(ATTEMPTS):
-            self._directory = Path(tempfile.mkdtemp(prefix="apache-kafka-"))
-            if self._try_to_start(*free_ports(2)):
+            self._make_nodes()
+            for node in self.nodes:
+                node.launch()
+            if all(node.listens() for node in self.nodes):
                 return
-            log = (self._directory / "log").read_text()
+            log = "".join(node.log for node in self.nodes)
             self.stop()
         raise RuntimeError(f"Apache Kafka did not start:\n{log}")
 
-    def _try_to_start(self, port: int, controller: int) -> bool:
-        properties = self._directory / "server.properties"
-        properties.write_text(
-            PROPERTIES.format(
-                port=port, controller=controller, data=self._directory / "data"
-            )
-        )
-        java = ["java", "-cp", f"{libraries()}/*"]
+    def _make_nodes(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="apache-kafka-"))
         # It must not begin with a dash, which would make it an option.
         cluster = b"\0" + uuid.uuid4().bytes[1:]
         cluster_id = base64.urlsafe_b64encode(cluster)[:22].decode()
-        subprocess.run(
-            [
-                *java,
-                "kafka.tools.StorageTool",
-                "format",
-                *("-t", cluster_id, "-c", str(properties)),
-            ],
-            check=True,
-            capture_output=True,
-        )
-        options = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
-        options += ["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [java[0], *options, *java[1:], "kafka.Kafka", str(properties)],
-                stdout=log,
-                stderr=log,
-                preexec_fn=die_with_parent,
+        numbers = range(1, self._count + 1)
+        ports = free_ports(2 * self._count)
+        controllers = dict(zip(numbers, ports[self._count :], strict=True))
+        voters = ",".join(f"{n}@127.0.0.1:{port}" for n, port in controllers.items())
+        self.nodes = []
+        for number, port in zip(numbers, ports, strict=False):
+            node = Node(self._directory / str(number), port)
+            node.format(
+                cluster_id,
+                self._users,
+                PROPERTIES.format(
+                    number=number,
+                    voters=voters,
+                    protocol=self._protocol,
+                    port=port,
+                    controller=controllers[number],
+                    advertised=self._advertised_port or port,
+                    data=self._directory / str(number) / "data",
+                    count=self._count,
+                    majority=self._count // 2 + 1,
+                )
+                + self._properties,
             )
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.1).close()
-            except OSError:
-                time.sleep(POLL_INTERVAL)
-                continue
-            self.address = f"127.0.0.1:{port}"
-            return True
-        return False
+            self.nodes.append(node)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        """End it; what it has stored is deleted, so there is nothing to save."""
+        for node in self.nodes:
+            node.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> ApacheBroker:

@@ -40,32 +40,38 @@ class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped
 
 
 class Clients:
-    """Makes producers and consumers, and closes them."""
+    """Makes producers and consumers, and closes them.
 
-    def __init__(self, address: Any, topic: str) -> None:
+    Args:
+        address: Of the broker.
+        topic: The test's own.
+        config: What all of them are given.
+    """
+
+    def __init__(self, address: Any, topic: str, **config: Any) -> None:
         self.address = address
         self.topic = topic
+        self.config = {"bootstrap_servers": address, **config}
         self._made: list[Any] = []
 
     def producer(self, cls: type = KafkaProducer, **config: Any) -> Any:
         if VERSION < (2, 2):
             # A new topic's leader may not be ready, and these do not try again.
             config.setdefault("retries", 100)
-        producer = cls(bootstrap_servers=self.address, **config)
+        producer = cls(**self.config, **config)
         self._made.append(producer)
         return producer
 
     def consumer(self, *topics: str, cls: type = KafkaConsumer, **config: Any) -> Any:
         """A consumer of all records, which gives up where a test would hang."""
         settings = {
+            **self.config,
             "auto_offset_reset": "earliest",
             "consumer_timeout_ms": DEADLINE * 1000,
             "enable_auto_commit": False,
             **config,
         }
-        consumer = cls(
-            *(topics or (self.topic,)), bootstrap_servers=self.address, **settings
-        )
+        consumer = cls(*(topics or (self.topic,)), **settings)
         self._made.append(consumer)
         return consumer
 
@@ -78,7 +84,7 @@ class Clients:
 
     def create_topic(self, partitions: int) -> None:
         """Create the topic with more partitions than one."""
-        admin = KafkaAdminClient(bootstrap_servers=self.address)
+        admin = KafkaAdminClient(**self.config)
         admin.create_topics([NewTopic(self.topic, partitions, 1)])
         admin.close()
 

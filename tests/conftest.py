@@ -37,11 +37,12 @@ def _brokers(config: pytest.Config) -> list[str]:
     return ["embedded"] if _WITHOUT_APACHE else ["embedded", "apache"]
 
 
+_LEFT_OUT = f"Apache Kafka is left out: {_WITHOUT_APACHE or 'not asked for'}"
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     brokers = _brokers(config)
-    left_out = ""
-    if "apache" not in brokers:
-        left_out = f" (Apache Kafka is left out: {_WITHOUT_APACHE or 'not asked for'})"
+    left_out = "" if "apache" in brokers else f" ({_LEFT_OUT})"
     return f"brokers: {', '.join(brokers)}{left_out}"
 
 
@@ -64,6 +65,13 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Any]:
             yield apache
     else:
         yield SimpleNamespace(address=request.param)
+
+
+@pytest.fixture(scope="session")
+def runs_apache(pytestconfig: pytest.Config) -> None:
+    """For tests that start Apache Kafka themselves, which fails if it was asked for."""
+    if "apache" not in _brokers(pytestconfig):
+        pytest.skip(_LEFT_OUT)
 
 
 @pytest.fixture

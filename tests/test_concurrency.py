@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -25,6 +24,7 @@ from opentelemetry.trace import Span, StatusCode
 
 from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
+from deliveries import carried, ids, until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from recorder import Log, Recorder
 from scripts import run_recorded
@@ -45,30 +45,6 @@ def at_once(work: Callable[[int], Any], count: int) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(begin, range(count)))
-
-
-def until_all_have_ended(recorder: Recorder) -> None:
-    """Wait for the sender's callbacks, some of which may run after a flush."""
-    deadline = time.monotonic() + DEADLINE
-    while recorder.open() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert recorder.open() == []
-
-
-def ids(span: ReadableSpan | None) -> tuple[str, str]:
-    assert span is not None
-    assert span.context is not None
-    return f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}"
-
-
-def carried(record: Any) -> tuple[str, str] | None:
-    """The ids of the span in a record's headers, of which there is one at most."""
-    values = [value for name, value in record.headers if name == "traceparent"]
-    if not values:
-        return None
-    (value,) = values
-    _, trace_id, span_id, _ = value.decode().split("-")
-    return trace_id, span_id
 
 
 def by_offset(spans: Sequence[ReadableSpan]) -> dict[Any, ReadableSpan]:

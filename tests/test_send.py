@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
+from deliveries import assert_failed
 from recorder import Log, Recorder
 
 # Of the broker's limit, and above it; the client's own limit is lifted.
@@ -49,17 +50,6 @@ def impatient(**config: Any) -> dict[str, Any]:
         # With idempotence, its default, 3.0 never completes such futures.
         config["enable_idempotence"] = False
     return config
-
-
-def assert_failed(span: ReadableSpan, error: BaseException, error_type: str) -> None:
-    assert span.status.status_code is StatusCode.ERROR
-    assert span.status.description == str(error)
-    assert span.attributes is not None
-    assert span.attributes["error.type"] == error_type
-    (event,) = span.events
-    assert event.name == "exception"
-    assert event.attributes is not None
-    assert str(event.attributes["exception.type"]).endswith(type(error).__qualname__)
 
 
 def test_a_send_makes_one_span_with_all_that_is_known(

@@ -27,7 +27,7 @@ import kafka.errors
 import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
-from opentelemetry import _logs, context, metrics, trace
+from opentelemetry import _logs, baggage, context, metrics, trace
 from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -65,7 +65,10 @@ HARMLESS = {"Context"}
 
 # The fields of links and of span contexts, the API's own classes that nobody else
 # implements, and the base class of the instrumentor.
-NO_CHAOS = {"context", "instrument", "is_valid", "span_id", "trace_id"}
+NO_CHAOS = {
+    *("context", "instrument", "is_valid", "span_id", "trace_id"),
+    *("trace_flags", "trace_state", "__len__"),
+}
 
 # What has methods of the same names, and is no implementation of these classes.
 OURS = {
@@ -214,7 +217,8 @@ class Chaos:
         """Raise in these attributes; of a site only where that calls them."""
         with pytest.MonkeyPatch.context() as patch:
             # Kept from an earlier time, they would not be asked for.
-            patch.setattr(_propagation, "_known_fields", (None, frozenset()))
+            unknown = _propagation._Known(None, frozenset(), are_default=False)
+            patch.setattr(_propagation, "_known", unknown)
             for owner, name in owners:
                 original = vars(owner)[name]
                 replaced: Any
@@ -266,6 +270,8 @@ class Service:
             self.transactional.init_transactions()
         for number in range(3):
             headers = [("traceparent", f"00-{7:032x}-{number + 1:016x}-01".encode())]
+            if number:  # what is read by the propagators
+                headers.append(("baggage", b"customer=7"))
             self.producer.send(self.source, b"%d" % number, b"key", headers)
         self.producer.flush()
         # Its own partitions, so that nothing waits for a group.
@@ -296,7 +302,8 @@ class Service:
 
     def _told(self, record: Any) -> Any:
         """What there is of a record; of its headers those that are not ours."""
-        headers = [each for each in record.headers if each[0] != "traceparent"]
+        written = {"traceparent", "baggage"}
+        headers = [each for each in record.headers if each[0] not in written]
         return record.key, record.value, headers
 
     def sends(self, seen: list[Any]) -> None:
@@ -307,6 +314,14 @@ class Service:
         foreign = [("traceparent", f"00-{8:032x}-{9:016x}-01".encode())]
         for _ in range(2):
             self._send(seen, self.producer, b"kept", headers=foreign)
+
+    def sends_with_baggage(self, seen: list[Any]) -> None:
+        token = context.attach(baggage.set_baggage("customer", "7"))
+        try:
+            for _ in range(2):
+                self._send(seen, self.producer, b"with baggage")
+        finally:
+            context.detach(token)
 
     def sends_what_the_broker_refuses(self, seen: list[Any]) -> None:
         for _ in range(2):
@@ -495,6 +510,7 @@ class Service:
     STEPS: tuple[Step, ...] = (
         sends,
         sends_with_a_context,
+        sends_with_baggage,
         sends_what_the_broker_refuses,
         sends_what_the_client_refuses,
         loops,

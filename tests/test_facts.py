@@ -12,8 +12,8 @@ import pytest
 
 from otel_kafka_python import _client, _semconv
 from otel_kafka_python._attributes import (
+    add_message,
     legal_topic,
-    message_attributes,
     message_key,
     span_name,
 )
@@ -69,14 +69,14 @@ def test_what_is_a_str_to_kafka_python_is_a_plain_one() -> None:
 
 
 def test_zero_and_empty_are_values_and_not_absence() -> None:
-    assert message_attributes(0, "", False) == {
+    assert add_message({}, 0, "") == {
         "messaging.kafka.offset": 0,
         "messaging.kafka.message.key": "",
     }
 
 
 def test_an_unknown_offset_is_none() -> None:
-    assert message_attributes(-1, None, False) == {}
+    assert add_message({}, -1) == {}
 
 
 @pytest.mark.parametrize(

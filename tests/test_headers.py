@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from opentelemetry import baggage, context, propagate, trace
+from opentelemetry.context import Context
 from opentelemetry.propagators.b3 import B3MultiFormat, B3SingleFormat
 from opentelemetry.propagators.jaeger import JaegerPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -16,7 +18,7 @@ from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 from clients import DEADLINE, VERSION, Clients, poll_records, sends_large
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
-from otel_kafka_python._propagation import extract, inject
+from otel_kafka_python._propagation import _GETTER, creation_context, extract, inject
 from recorder import Log, Recorder
 
 Headers = list[tuple[str, bytes]]
@@ -394,7 +396,7 @@ def test_hostile_headers_lose_no_record_and_are_no_context(
 )
 def test_values_that_only_other_clients_write_are_no_context(headers: Any) -> None:
     """kafka-python itself cannot send them."""
-    assert extract(headers) == {}
+    assert extract(headers) == ({}, None)
 
 
 @pytest.mark.defect(2)
@@ -436,3 +438,72 @@ def test_a_propagator_that_raises_harms_nobody(
         "Failed to extract the context of a record",
     ]
     assert KafkaPythonInstrumentor().is_instrumented_by_opentelemetry
+
+
+# What the default propagators write is read and written without them: each of these,
+# in all combinations, is what they make of it. The first ones are the usual ones.
+TRACEPARENTS = [
+    f"{before}{version}-{trace_id}-{span_id}-{flags}{after}".encode()
+    for before, version, trace_id, span_id, flags, after in itertools.product(
+        ["", " ", "\n"],
+        ["00", "01", "ff", "0"],
+        ["a" * 32, "0" * 32, "a" * 31, "A" * 32],
+        ["b" * 16, "0" * 16, "b" * 17],
+        ["01", "00", "03", "ff", "0", "0g"],
+        ["", "-x", " ", "\n"],
+    )
+]
+BESIDE: list[list[tuple[str, Any]]] = [
+    [],
+    [("tracestate", b"a=1")],
+    [("tracestate", b"")],
+    [("baggage", b"customer=7")],
+    [("own", b"\xff")],
+    [("traceparent", None)],
+    [STALE],
+]
+
+
+@pytest.mark.parametrize("beside", BESIDE, ids=repr)
+def test_what_is_read_is_what_the_default_propagators_find(beside: Any) -> None:
+    def told(found: Context) -> Any:
+        span = trace.get_current_span(found)
+        # A span context is a tuple of all that there is of it.
+        return tuple(span.get_span_context()), baggage.get_all(found), len(found)
+
+    for value in (*TRACEPARENTS, b"", b"\xff"):
+        headers = [("traceparent", value), *beside]
+        expected = propagate.extract(dict(headers), Context(), getter=_GETTER)
+        found, created = extract(headers)
+        assert told(found) == told(expected), headers
+        assert created == creation_context(headers), headers
+        in_it = trace.get_current_span(expected).get_span_context()
+        assert created == (in_it if in_it.is_valid else None), headers
+
+
+def test_what_is_written_is_what_the_default_propagators_write() -> None:
+    own = [("own", b"1"), ("traceparent", b"2"), ("baggage", b"3")]
+    for trace_id, span_id, flags, state, entry in itertools.product(
+        [0, 1, 2**128 - 1],
+        [0, 1, 2**64 - 1],
+        [0, 1, 3, 255],
+        [[], [("a", "1")]],
+        ["", "customer"],
+    ):
+        span = trace.NonRecordingSpan(
+            trace.SpanContext(
+                trace_id,
+                span_id,
+                is_remote=False,
+                trace_flags=trace.TraceFlags(flags),
+                trace_state=trace.TraceState(state),
+            )
+        )
+        around = baggage.set_baggage(entry, "7", Context()) if entry else Context()
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier, trace.set_span_in_context(span, around))
+        written = [(name, value.encode()) for name, value in carrier.items()]
+        assert inject(None, around, span) == (written or None)
+        # Where nothing is written, what the application has is left.
+        expected = [("own", b"1"), *written] if written else own
+        assert inject(own, around, span) == expected

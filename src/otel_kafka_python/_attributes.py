@@ -92,25 +92,32 @@ def partition_id(partition: int | None) -> str | None:
     return None if partition is None else str(partition)
 
 
-def message_attributes(
-    offset: int | None, key: str | None = None, tombstone: bool = False
+def add_message(
+    attributes: Attributes,
+    offset: int | None,
+    key: str | None = None,
+    size: object = None,
+    *,
+    sized: bool = False,
 ) -> Attributes:
-    """What belongs to one message: on a span of one, on a link of a batch."""
-    attributes: Attributes = {}
+    """Add what belongs to one message: to a span of one, to a link of a batch.
+
+    Args:
+        attributes: What it is added to, and what is returned.
+        offset: The offset, if there is one.
+        key: The text of the key, if it has one that is recorded.
+        size: The size of the value in bytes, -1 of a tombstone, if it is known.
+        sized: Whether the size is recorded.
+    """
     if offset is not None and offset >= 0:
         attributes[MESSAGING_KAFKA_OFFSET] = offset
     if key is not None:
         attributes[MESSAGING_KAFKA_MESSAGE_KEY] = key
-    if tombstone:
+    if size == -1:
         attributes[MESSAGING_KAFKA_MESSAGE_TOMBSTONE] = True
+    elif sized and isinstance(size, int) and size >= 0:
+        attributes[MESSAGING_MESSAGE_BODY_SIZE] = size
     return attributes
-
-
-def body_size(size: object) -> Attributes:
-    """`messaging.message.body.size`, of what is not null."""
-    if isinstance(size, int) and size >= 0:
-        return {MESSAGING_MESSAGE_BODY_SIZE: size}
-    return {}
 
 
 def header_attributes(

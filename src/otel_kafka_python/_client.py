@@ -87,7 +87,8 @@ class Client:
     group: str | None = None
     bootstrap: Server | None = None
     sends_headers: bool = True
-    cluster: weakref.ref[Any] | None = None
+    # Gives kafka-python's ClusterMetadata of the client, or None.
+    cluster: Callable[[], Any] = lambda: None
     refreshed: object = None
     # What others have worked out from these facts and the cluster's metadata;
     # dropped when the metadata is refreshed.
@@ -102,25 +103,20 @@ class Client:
 
     def refresh(self) -> None:
         """Drop what was derived from metadata that has been refreshed since."""
-        cluster = None if self.cluster is None else self.cluster()
-        refreshed = getattr(cluster, "_last_successful_refresh_ms", None)
+        refreshed = getattr(self.cluster(), "_last_successful_refresh_ms", None)
         if refreshed != self.refreshed:
             self.refreshed = refreshed
             self.derived, self.answers = {}, {}
 
-    def metadata(self) -> Any:
-        """kafka-python's ClusterMetadata of the client, or None."""
-        return None if self.cluster is None else self.cluster()
-
     @property
     def cluster_id(self) -> str | None:
         """The cluster's id from its metadata (2.1 and later)."""
-        cluster_id = getattr(self.metadata(), "cluster_id", None)
+        cluster_id = getattr(self.cluster(), "cluster_id", None)
         return cluster_id if isinstance(cluster_id, str) else None
 
     def leader(self, topic: str, partition: int | None) -> Server | None:
         """The leader of a partition, if the client's metadata knows it."""
-        cluster = self.metadata()
+        cluster = self.cluster()
         if cluster is None or partition is None:
             return None
         from kafka.structs import TopicPartition  # noqa: PLC0415 (see the top)
@@ -178,7 +174,7 @@ def _describe(instance: Any) -> Client:
         group=plain(config.get("group_id")),
         bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
         sends_headers=_sends_headers(instance),
-        cluster=None if cluster is None else weakref.ref(cluster),
+        cluster=(lambda: None) if cluster is None else weakref.ref(cluster),
     )
 
 
@@ -240,10 +236,21 @@ def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 @cache
-def _future_class() -> Any:
+def _add_both() -> Callable[[Any, Callable[..., Any], Callable[..., Any]], Any]:
+    """What adds a callback and an errback to a future."""
     from kafka.future import Future  # noqa: PLC0415 (see the top)
 
-    return Future
+    try:
+        return Future._add_cb_eb  # type: ignore[no-any-return]  # 3.0: saves 0.3 µs
+    except AttributeError:
+        return _add_one_by_one
+
+
+def _add_one_by_one(future: Any, callback: Any, errback: Any) -> None:
+    from kafka.future import Future  # noqa: PLC0415 (see the top)
+
+    Future.add_callback(future, callback)
+    Future.add_errback(future, errback)
 
 
 def record_future_class() -> type:
@@ -259,9 +266,7 @@ def when_done(future: Any, callback: Callable[[Any], None]) -> None:
     A future that is done already calls back at once. What stands on the class of
     `send`'s futures for the application's callbacks is passed by.
     """
-    cls = _future_class()
-    cls.add_callback(future, callback)
-    cls.add_errback(future, callback)
+    _add_both()(future, callback, callback)
 
 
 def pending(future: Any) -> tuple[int | None, int, BaseException | None]:

@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opentelemetry.context import get_current
 from opentelemetry.trace import SpanKind
 
 from otel_kafka_python._client import Client, is_inner_poll
 from otel_kafka_python._messages import (
     Record,
     account_for,
+    creation_context_of,
+    describe,
+    links_to,
     shared_partition,
     shared_topic,
 )
@@ -122,7 +126,7 @@ class ConsumerWrappers:
 
     def _client_to_trace(self, instance: Any) -> Client | None:
         try:
-            if self.telemetry.is_enabled():
+            if self.telemetry.is_enabled(get_current()):
                 end_abandoned()
                 return self.telemetry.client(instance)
         except Exception:
@@ -143,7 +147,10 @@ class ConsumerWrappers:
                 return
             span = None
             if self.telemetry.config.receive_spans:
-                span = self.telemetry.start_span(facts, SpanKind.CLIENT, started, {})
+                attributes = {**facts.attributes}
+                span = self.telemetry.start_span(
+                    facts, SpanKind.CLIENT, started, attributes
+                )
             operation = Operation(facts, span, started)
             operation.fail(error)
             operation.end()
@@ -191,13 +198,10 @@ class ConsumerWrappers:
             return
         span = None
         if telemetry.config.receive_spans:
-            account = account_for(telemetry.config, records, batch=True)
+            attributes = {**facts.attributes}
+            links = account_for(telemetry.config, records, attributes)
             span = telemetry.start_span(
-                facts,
-                SpanKind.CLIENT,
-                started,
-                account.attributes,
-                links=account.links,
+                facts, SpanKind.CLIENT, started, attributes, links=links
             )
         Operation(facts, span, started).end(ended=ended)
         for partition, batch in traced.items():
@@ -224,13 +228,11 @@ class ConsumerWrappers:
         ended = time.time_ns()
         span = None
         if config.receive_spans:
-            account = account_for(config, [record], batch=False)
+            attributes = {**facts.attributes}
+            describe(config, record, attributes)
+            links = links_to(creation_context_of(record))
             span = telemetry.start_span(
-                facts,
-                SpanKind.CLIENT,
-                started,
-                account.attributes,
-                links=account.links,
+                facts, SpanKind.CLIENT, started, attributes, links=links
             )
             if (
                 span is not None
@@ -300,10 +302,11 @@ class ConsumerIterator(ScopedIterator):
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         wrappers, telemetry = self._wrappers, self._wrappers.telemetry
-        if not telemetry.is_enabled():
+        if not telemetry.is_enabled(get_current()):
             return
         end_abandoned()
-        client = telemetry.client(self._consumer)
+        client = self._client
+        client.refresh()
         if not (by_loop and telemetry.config.process_spans):
             wrappers.receive_one(client, self._started, record, measured=False)
             if by_loop:

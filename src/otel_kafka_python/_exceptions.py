@@ -40,15 +40,12 @@ class Exceptions:
     def __init__(self, config: Config, provider: LoggerProvider | None) -> None:
         self._on_spans = config.span_exceptions
         self._logger = None
+        # Even a span that is not sampled calls for that.
+        self.are_logged = config.log_exceptions
         if config.log_exceptions:
             self._logger = get_logger(
                 "otel_kafka_python", __version__, provider, SCHEMA_URL
             )
-
-    @property
-    def are_logged(self) -> bool:
-        """Whether they are logged, which even a span that is not sampled calls for."""
-        return self._logger is not None
 
     def record(
         self, span: Span | None, operation_type: str, error: BaseException

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext
 
 from otel_kafka_python._attributes import (
     Attributes,
-    body_size,
+    add_message,
     header_attributes,
-    message_attributes,
     message_key,
     partition_id,
 )
 from otel_kafka_python._config import Config
 from otel_kafka_python._propagation import (
+    EMPTY,
     creation_context,
     extract,
     is_propagated,
@@ -31,15 +31,6 @@ from otel_kafka_python._semconv import (
 
 Record = Any
 """A ConsumerRecord. Read by name: its fields differ between versions."""
-
-
-class Account(NamedTuple):
-    """What a receive or process span says of its messages (Consumer spans)."""
-
-    attributes: Attributes
-    links: list[Link]
-    # What the headers of a single message carried; of a batch nothing.
-    context: Context
 
 
 def shared_topic(records: Sequence[Record]) -> str | None:
@@ -58,8 +49,10 @@ def shared_partition(records: Sequence[Record]) -> int | None:
     return partitions.pop()[1] if len(partitions) == 1 else None
 
 
-def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Account:
-    """Describe the messages that one span accounts for.
+def account_for(
+    config: Config, records: Sequence[Record], attributes: Attributes
+) -> Sequence[Link]:
+    """Describe the messages that a span of a batch accounts for.
 
     Of a single message, what belongs to it stands on the span; of two or more,
     on the link to each one's creation context.
@@ -67,20 +60,18 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
     Args:
         config: The settings.
         records: The records, at least one.
-        batch: Whether the operation is one on batches, even of one message.
+        attributes: Those of the span, to which theirs are added.
+
+    Returns:
+        The span's links.
     """
+    attributes[MESSAGING_BATCH_MESSAGE_COUNT] = len(records)
     if len(records) == 1:
-        attributes = _attributes_of(config, records[0])
-        context = _extract(records[0])
-        created = creation_context(context) if context else None
-        links = [Link(created)] if created else []
-        if batch:
-            attributes[MESSAGING_BATCH_MESSAGE_COUNT] = 1
-            context = Context()
-        return Account(attributes, links, context)
+        describe(config, records[0], attributes)
+        return links_to(creation_context_of(records[0]))
     several_topics = shared_topic(records) is None
     several_partitions = shared_partition(records) is None
-    links = []
+    links: list[Link] = []
     # Of too many links the SDK keeps the newest: only those are built.
     for record in reversed(records):
         if len(links) >= config.link_limit:
@@ -88,27 +79,29 @@ def account_for(config: Config, records: Sequence[Record], *, batch: bool) -> Ac
         created = creation_context_of(record)
         if created is None:
             continue
-        about = _attributes_of(config, record)
+        about: Attributes = {}
+        describe(config, record, about)
         if several_topics:
             about[MESSAGING_DESTINATION_NAME] = record.topic
         if several_partitions:
             about[MESSAGING_DESTINATION_PARTITION_ID] = partition_id(record.partition)
         links.append(Link(created, about))
     links.reverse()
-    return Account({MESSAGING_BATCH_MESSAGE_COUNT: len(records)}, links, Context())
+    return links
 
 
-def _attributes_of(config: Config, record: Record) -> Attributes:
-    attributes = message_attributes(
-        record.offset,
-        message_key(record.key) if config.capture_message_key else None,
-        record.serialized_value_size == -1,
-    )
-    if config.capture_message_size:
-        attributes.update(body_size(record.serialized_value_size))
+def describe(config: Config, record: Record, attributes: Attributes) -> None:
+    """Add what belongs to one message, to a span of one or to a link of a batch."""
+    key = message_key(record.key) if config.capture_message_key else None
+    size, sized = record.serialized_value_size, config.capture_message_size
+    add_message(attributes, record.offset, key, size, sized=sized)
     if config.capture_headers:
         attributes.update(captured_headers(config, record.headers))
-    return attributes
+
+
+def links_to(created: SpanContext | None) -> Sequence[Link]:
+    """A link to the creation context of a message, if it has one."""
+    return () if created is None else (Link(created),)
 
 
 def captured_headers(config: Config, headers: Any) -> Attributes:
@@ -120,12 +113,17 @@ def captured_headers(config: Config, headers: Any) -> Attributes:
 
 def creation_context_of(record: Record) -> SpanContext | None:
     """The creation context that a record carries, if it does."""
-    return creation_context(_extract(record))
+    try:
+        return creation_context(record.headers)
+    except Exception:
+        report("extract the context of a record")
+        return None
 
 
-def _extract(record: Record) -> Context:
+def context_of(record: Record) -> tuple[Context, SpanContext | None]:
+    """The context that a record carries, and its creation context if it has one."""
     try:
         return extract(record.headers)
     except Exception:
         report("extract the context of a record")
-        return Context()
+        return EMPTY, None

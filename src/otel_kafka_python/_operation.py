@@ -86,6 +86,7 @@ class Facts:
     topic: str | None
     name: str
     attributes: Attributes  # of a span, at its creation
+    told_later: Attributes  # of a span, at its end
     measured: Attributes  # of the duration
     counted: Attributes  # of the messages
     duration: Histogram | None
@@ -149,34 +150,35 @@ class Telemetry:
     def _living(self) -> list[tuple[Any, Client]]:
         return self.clients.living() if self.active else []
 
-    def is_enabled(self) -> bool:
-        """Whether operations are traced now: not uninstrumented, not suppressed."""
-        return self.active and is_instrumentation_enabled()
+    def is_enabled(self, context: Context) -> bool:
+        """Whether operations are traced now: not uninstrumented, not suppressed.
+
+        Args:
+            context: The current one. If it is empty, nothing is suppressed in it,
+                which need not be looked up then: saves 0.2 µs.
+        """
+        return self.active and (not context or is_instrumentation_enabled())
 
     def client(self, instance: object) -> Client:
         """The facts of a producer, consumer or coordinator; empty if they fail us."""
         try:
-            client = self.clients.get(instance)
-            if not client.derived:
-                # New, or its metadata was refreshed: seldom, and soon enough to
-                # notice the contrib package if it was instrumented after us.
-                _coexistence.take_over()
-            return client
+            return self.clients.get(instance)
         except Exception:
             report("read the configuration of a client")
             # Its broker may be one that would refuse headers.
             return Client(sends_headers=False)
 
     def facts(
-        self, client: Client, kind: Kind, topic: str | None, partition: int | None
+        self, client: Client, kind: Kind, topic: Any, partition: Any
     ) -> Facts | None:
         """What is known in advance of an operation.
 
         Args:
             client: Who performs it.
             kind: What is done.
-            topic: The topic that all messages share, or None.
-            partition: The partition that all messages share, or None.
+            topic: The topic that all messages share, or None. What an application
+                calls so and is no name of a topic counts as None.
+            partition: The partition that all messages share, or None; likewise.
 
         Returns:
             The facts, or None if the topic is excluded.
@@ -186,14 +188,16 @@ class Telemetry:
         derived = client.derived
         try:
             facts = derived[kind, topic, partition]
-        except KeyError:
+        except (KeyError, TypeError):
+            # New, or the metadata was refreshed: seldom, and soon enough to notice
+            # the contrib package if it was instrumented after us.
+            _coexistence.take_over()
             name = legal_topic(topic)
+            number = partition if isinstance(partition, int) else None
             excluded = name is not None and self.config.excludes(name)
-            facts = (
-                None if excluded else self._build_facts(client, kind, name, partition)
-            )
+            facts = None if excluded else self._build_facts(client, kind, name, number)
             # What is no name of a topic is never kept: there is no end of them.
-            if name == topic:
+            if name == topic and number == partition:
                 derived[kind, topic, partition] = facts
         return facts
 
@@ -209,10 +213,13 @@ class Telemetry:
             kind.name, kind.type, topic, partition, client.group, server
         )
         counted = {k: v for k, v in measured.items() if k != MESSAGING_OPERATION_TYPE}
-        attributes = {
-            **measured,
-            **client_attributes(client.client_id, client.cluster_id),
-        }
+        attributes, told_later = measured, {}
+        of_client = client_attributes(client.client_id, client.cluster_id)
+        # Of what a sender's thread can tell the calling one is relieved: saves 2 µs.
+        if kind is SEND:
+            told_later = of_client
+        else:
+            attributes = {**measured, **of_client}
         if kind is POLL and leader is not None and leader.is_ip:
             attributes.update(peer_attributes(leader))
         duration = messages = queue_time = None
@@ -235,6 +242,7 @@ class Telemetry:
             topic,
             span_name(kind.name, topic),
             attributes,
+            told_later,
             measured,
             counted,
             duration,
@@ -250,7 +258,6 @@ class Telemetry:
         kind: SpanKind,
         started: int,
         attributes: Attributes,
-        *,
         context: Context | None = None,
         links: Sequence[Link] = (),
     ) -> Span | None:
@@ -260,7 +267,7 @@ class Telemetry:
             facts: What is known of its operation.
             kind: The kind of the span.
             started: When the operation started, in nanoseconds since the epoch.
-            attributes: What it has besides those of `facts`.
+            attributes: Its attributes, those of `facts` among them.
             context: The context with its parent; the current one if None.
             links: Its links.
         """
@@ -269,11 +276,12 @@ class Telemetry:
                 facts.name,
                 context,
                 kind,
-                {**facts.attributes, **attributes},
+                attributes,
                 links,
                 started,
-                record_exception=False,
-                set_status_on_exception=False,
+                # record_exception and set_status_on_exception: by name, 0.1 µs more.
+                False,
+                False,
             )
         except Exception:
             report("start a span")

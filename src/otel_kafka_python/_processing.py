@@ -27,15 +27,17 @@ from opentelemetry.trace import (
 )
 
 from otel_kafka_python import _config
-from otel_kafka_python._attributes import queue_seconds
+from otel_kafka_python._attributes import Attributes, queue_seconds
 from otel_kafka_python._client import Client
 from otel_kafka_python._config import Config
 from otel_kafka_python._loops import Asker, asker_at, is_loop
 from otel_kafka_python._messages import (
-    Account,
     Record,
     account_for,
+    context_of,
     creation_context_of,
+    describe,
+    links_to,
     shared_partition,
     shared_topic,
 )
@@ -48,6 +50,7 @@ from otel_kafka_python._operation import (
     is_collecting,
     leave_behind,
 )
+from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import call_hook, report
 from otel_kafka_python._semconv import KAFKA_RECORD_QUEUE_TIME_MS
 
@@ -71,16 +74,17 @@ class Processed:
     Args:
         records: The records.
         links: The links to the creation contexts of some of them.
-        outer: What the scope around it accounts for.
+        context: The context that it is entered in, which knows what the scope around
+            it accounts for.
     """
 
     __slots__ = ("_created", "_links", "base", "left_in", "outer", "records")
 
     def __init__(
-        self, records: Sequence[Record], links: Sequence[Link], outer: Processed | None
+        self, records: Sequence[Record], links: Sequence[Link], context: Context
     ) -> None:
         self.records = records
-        self.outer = outer
+        self.outer: Any = context.get(_PROCESSED_KEY) if context else None
         self._links = links
         # Set when the scope is left while it is covered and nothing bounds it: whoever
         # covered it restores this context, for which that around it stands.
@@ -148,9 +152,8 @@ class Scope(Operation):
 
         Args:
             base: What is current around it.
-            context: What is current in it, besides its span, and under
-                `_PROCESSED_KEY` what it accounts for. Without a span nothing is made
-                current.
+            context: What is current in it, besides its span and what it accounts for.
+                Without a span nothing is made current.
         """
         below = _innermost.get(None)
         while below is not None and below._marker is None:
@@ -161,7 +164,9 @@ class Scope(Operation):
         if self.span is None:
             return
         try:
-            attached = set_span_in_context(self.span, context)
+            attached = Context(
+                {**context, SPAN_KEY: self.span, _PROCESSED_KEY: self.processed}
+            )
             self._token = otel_context.attach(attached)
             self._base, self._attached = base, attached
         except Exception:
@@ -177,6 +182,11 @@ class Scope(Operation):
             return
         self._entered = False
         scope = _innermost.get(None)
+        if scope is self and not self.is_covered():  # nearly always
+            self.undo()
+            if self._below is not None:
+                undo_left()
+            return
         later = []
         while scope is not None and scope is not self:
             later.append(scope)
@@ -343,7 +353,9 @@ def _base() -> Context:
     A copy of a context (a task's, a thread's) keeps a scope current after the
     loop has gone on.
     """
-    scope = undo_left()
+    scope = _innermost.get(None)
+    if scope is not None:
+        scope = undo_left()
     context = otel_context.get_current()
     while scope is not None and not scope._entered:
         if context is scope._attached and scope._base is not None:
@@ -387,9 +399,11 @@ def open_scope(
         The scope, which is to be closed; or None if there is nothing to do.
     """
     config = telemetry.config
-    facts = telemetry.facts(
-        client, PROCESS, shared_topic(records), shared_partition(records)
-    )
+    if len(records) == 1:
+        topic, partition = records[0].topic, records[0].partition
+    else:
+        topic, partition = shared_topic(records), shared_partition(records)
+    facts = telemetry.facts(client, PROCESS, topic, partition)
     if facts is None:
         return None
     started = time.time_ns()
@@ -397,30 +411,31 @@ def open_scope(
     if not config.process_spans:
         if facts.duration is None:
             return None
-        scope = Scope(facts, None, started, Processed(records, (), None))
+        scope = Scope(facts, None, started, Processed(records, (), base))
         scope.enter(base, base)
         return scope
-    account = _account_for(config, records, started, batch=batch)
-    outer: Any = base.get(_PROCESSED_KEY)
-    processed = Processed(records, account.links, outer)
-    # One copy: what the message carries, and what a send in it has to know.
-    context = Context({**base, **account.context, _PROCESSED_KEY: processed})
+    attributes = {**facts.attributes}
+    if batch:
+        context, links = base, account_for(config, records, attributes)
+    else:
+        describe(config, records[0], attributes)
+        if config.capture_queue_time:
+            attributes.update(_queue_time(records[0], started))
+        carried, created = context_of(records[0])
+        context = Context({**base, **carried}) if base and carried else base or carried
+        links = links_to(created)
+    parent = _parent(config, base, context)
     span = telemetry.start_span(
-        facts,
-        SpanKind.CONSUMER,
-        started,
-        account.attributes,
-        context=_parent(config, base, context),
-        links=account.links,
+        facts, SpanKind.CONSUMER, started, attributes, parent, links
     )
     if (
         span is INVALID_SPAN
-        and not (base or account.context or config.consume_hook)
+        and not (context or config.consume_hook)
         and not facts.is_end_wanted(span)
     ):
         # Without an SDK there is nothing to make current then: saves half.
         return None
-    scope = Scope(facts, span, started, processed)
+    scope = Scope(facts, span, started, Processed(records, links, context))
     try:
         scope.enter(base, context)
         if span is not None and config.consume_hook is not None and not batch:
@@ -442,15 +457,9 @@ def _parent(config: Config, base: Context, context: Context) -> Context:
     return context
 
 
-def _account_for(
-    config: Config, records: Sequence[Record], started: int, *, batch: bool
-) -> Account:
-    account = account_for(config, records, batch=batch)
-    if config.capture_queue_time and not batch:
-        seconds = queue_seconds(records[0].timestamp, started)
-        if seconds is not None:
-            account.attributes[KAFKA_RECORD_QUEUE_TIME_MS] = round(seconds * 1e3)
-    return account
+def _queue_time(record: Record, now: int) -> Attributes:
+    seconds = queue_seconds(record.timestamp, now)
+    return {} if seconds is None else {KAFKA_RECORD_QUEUE_TIME_MS: round(seconds * 1e3)}
 
 
 class ScopedIterator:
@@ -588,14 +597,18 @@ class RecordsIterator(ScopedIterator):
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         telemetry = self._telemetry
-        if by_loop and telemetry.is_enabled() and self._records.take(record):
+        if (
+            by_loop
+            and telemetry.is_enabled(otel_context.get_current())
+            and self._records.take(record)
+        ):
             end_abandoned()
             self._scope = process(telemetry, self._client, record)
 
 
 def process(telemetry: Telemetry, client: Client, record: Record) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if _scope_of(record) is not None:
+    if _innermost.get(None) is not None and _scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, [record], batch=False)
 
@@ -706,7 +719,7 @@ class ProcessSpan:
         if _telemetry is None:
             _telemetry = Telemetry(_config.load({}))
         telemetry = _telemetry
-        if not telemetry.is_enabled():
+        if not telemetry.is_enabled(otel_context.get_current()):
             return None, False
         end_abandoned()
         given = self._given

@@ -15,21 +15,20 @@ from opentelemetry.trace import (
     SpanContext,
     SpanKind,
     get_current_span,
-    set_span_in_context,
 )
 
 from otel_kafka_python import _client
 from otel_kafka_python._attributes import (
     Attributes,
-    body_size,
+    add_message,
     client_attributes,
-    message_attributes,
     message_key,
     partition_id,
     peer_attributes,
     without_absent,
 )
 from otel_kafka_python._client import Client
+from otel_kafka_python._config import ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
@@ -41,7 +40,6 @@ from otel_kafka_python._operation import (
 from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
     creation_context,
-    extract,
     has_propagators,
     inject,
     may_carry_context,
@@ -49,8 +47,6 @@ from otel_kafka_python._propagation import (
 from otel_kafka_python._safety import call_hook, report
 from otel_kafka_python._semconv import (
     MESSAGING_DESTINATION_PARTITION_ID,
-    MESSAGING_KAFKA_CLUSTER_ID,
-    MESSAGING_KAFKA_MESSAGE_KEY,
 )
 
 Args = tuple[Any, ...]
@@ -68,10 +64,10 @@ class Delivery(Answered):
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
         client: The producer.
-        sized: Whether the span says how large the message's value is.
+        key: The message's key, if its span is to have it and it has a text.
     """
 
-    __slots__ = ("_client", "_partition", "_size", "_sized")
+    __slots__ = ("_client", "_key", "_partition", "_size", "_sized")
 
     def __init__(
         self,
@@ -79,19 +75,25 @@ class Delivery(Answered):
         span: Span | None,
         started: int,
         client: Client,
-        *,
-        sized: bool,
+        key: object,
     ) -> None:
         super().__init__(facts, span, started)
         self._client = client
+        self._key = None if key is None else message_key(key)
         self._partition: int | None = None
         self._size: int | None = None
-        self._sized = sized
+        self._sized = False
 
-    def follow(self, future: Any) -> None:
-        """Wait for the outcome; it may be there already."""
+    def follow(self, future: Any, *, sized: bool) -> None:
+        """Wait for the outcome; it may be there already.
+
+        Args:
+            future: What the call has returned.
+            sized: Whether the span says how large the message's value is.
+        """
         try:
             self._partition, self._size, error = _client.pending(future)
+            self._sized = sized
             if error is None:
                 _client.when_done(future, self)
             else:
@@ -100,14 +102,17 @@ class Delivery(Answered):
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
             if self.claim():
-                self._finish({}, None, None, 1)
+                self._finish(self._told(self.facts.told_later), None, None, 1)
+
+    def raised(self, error: BaseException) -> None:
+        """End it with what the call raised: nothing was handed to the client."""
+        if self.claim():
+            self.fail(error)
+            self._finish(self._told(self.facts.told_later), None)
 
     def _succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
-        attributes = message_attributes(metadata.offset, None, self._size == -1)
-        attributes.update(self._answer_attributes(partition))
-        if self._sized:
-            attributes.update(body_size(self._size))
+        attributes = self._told(self._answer_attributes(partition), metadata.offset)
         if self.claim():
             self._finish(attributes, ended, partition, 1)
 
@@ -118,46 +123,47 @@ class Delivery(Answered):
             return
         self.fail(error)
         partition = self._partition
+        known = self.facts.told_later
         if partition is None:
-            attributes: Attributes = {}
+            pass
         elif at_once or not _client.is_answer(error):
-            attributes = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+            known = {**known, MESSAGING_DESTINATION_PARTITION_ID: str(partition)}
         else:
-            attributes = self._answer_attributes(partition)
-        attributes = {**attributes, **message_attributes(None, None, self._size == -1)}
-        if self._sized:
-            attributes.update(body_size(self._size))
-        self._finish(attributes, ended, partition, 1)
+            known = self._answer_attributes(partition)
+        self._finish(self._told(known), ended, partition, 1)
+
+    def _told(self, known: Attributes, offset: int | None = None) -> Attributes:
+        """What the span says at its end: what is known, and of the message."""
+        return add_message({**known}, offset, self._key, self._size, sized=self._sized)
 
     def _answer_attributes(self, partition: int) -> Attributes:
-        """What the answer of a partition's leader tells."""
+        """What is known of all messages that a partition's leader has answered."""
         client, topic = self._client, self.facts.topic
         try:
             client.refresh()  # the leader may have changed on the way
-            answers = client.answers
-            # What the span has been told need not be said again: 0.6 µs.
-            is_told = MESSAGING_KAFKA_CLUSTER_ID in self.facts.attributes
-            known: Attributes | None = answers.get((topic, partition, is_told))
+            known: Attributes | None = client.answers.get((topic, partition))
             if known is None:
                 leader = None if topic is None else client.leader(topic, partition)
-                cluster_id = None if is_told else client.cluster_id
-                known = answers[topic, partition, is_told] = without_absent(
+                known = client.answers[topic, partition] = without_absent(
                     {
+                        # The cluster may not have been known when it was sent.
+                        **client_attributes(client.client_id, client.cluster_id),
                         MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
-                        **client_attributes(None, cluster_id),
                         **peer_attributes(leader if leader and leader.is_ip else None),
                     }
                 )
         except Exception:
             report("read the metadata of a producer")
-            return {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+            of_partition = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+            return {**self.facts.told_later, **of_partition}
         return known
 
     def abandon(self, ended: int) -> None:
         """End it without knowing whether the message has arrived."""
         if self.claim():
             self.fail(None)
-            self._finish({}, ended, self._partition, 1)
+            known = self._told(self.facts.told_later)
+            self._finish(known, ended, self._partition, 1)
 
 
 class _InContext:
@@ -211,8 +217,7 @@ class ProducerWrappers:
         """Wrap `KafkaProducer.send` ("Send" spans)."""
         delivery = None
         try:
-            if self._telemetry.is_enabled():
-                delivery, args, kwargs = self._prepare(instance, args, kwargs)
+            delivery, args, kwargs = self._prepare(instance, args, kwargs)
         except Exception:
             report("trace a send")
         try:
@@ -222,7 +227,7 @@ class ProducerWrappers:
                 delivery.raised(error)
             raise
         if delivery is not None:
-            delivery.follow(future)
+            delivery.follow(future, sized=self._telemetry.config.capture_message_size)
         return future
 
     def add_callback(
@@ -252,22 +257,18 @@ class ProducerWrappers:
         self, instance: Any, args: Args, kwargs: Kwargs
     ) -> tuple[Delivery | None, Args, Kwargs]:
         """The operation that a call begins, if its end tells anything, and the call."""
-        end_abandoned()
-        telemetry, config = self._telemetry, self._telemetry.config
+        telemetry = self._telemetry
+        config, context = telemetry.config, get_current()
         topic, key, headers, partition = _client.send_arguments(args, kwargs)
-        if topic is None:  # missing, for kafka-python to say
+        # A topic that is missing is for kafka-python to complain of.
+        if topic is None or not telemetry.is_enabled(context):
             return None, args, kwargs
+        end_abandoned()
         client = telemetry.client(instance)
-        facts = telemetry.facts(
-            client,
-            SEND,
-            topic if isinstance(topic, str) else "",
-            partition if isinstance(partition, int) else None,
-        )
+        facts = telemetry.facts(client, SEND, topic, partition)
         if facts is None:
             return None, args, kwargs
         started = time.time_ns()
-        context = get_current()
         kept = None if headers is None else self._kept_context(headers, context)
         propagates = (
             config.propagation
@@ -277,51 +278,46 @@ class ProducerWrappers:
         )
         span = delivery = None
         if config.send_spans:
+            attributes = {**facts.attributes}
+            if config.capture_headers:  # samplers may decide by them
+                attributes.update(captured_headers(config, headers))
             span = telemetry.start_span(
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                self._attributes(key, headers),
-                context=context,
-                links=() if kept is None else (Link(kept),),
+                attributes,
+                context,
+                () if kept is None else (Link(kept),),
             )
         # An end that nobody would know of needs no callback.
         if facts.is_end_wanted(span):
-            delivery = Delivery(
-                facts, span, started, client, sized=config.capture_message_size
-            )
+            recorded = key if config.capture_message_key else None
+            delivery = Delivery(facts, span, started, client, recorded)
         if span is not None:
-            self._call_hook(span, delivery, args, kwargs)
+            if config.produce_hook is not None:
+                self._call_hook(config.produce_hook, span, delivery, args, kwargs)
+                headers = _client.argument(args, kwargs, _HEADERS, "headers")
             # Without an SDK there is mostly nothing to inject: saves 2 µs.
-            if span is not INVALID_SPAN:
-                context = set_span_in_context(span, context)
-        if propagates and context:
-            args, kwargs = _with_context(args, kwargs, context)
+            if span is INVALID_SPAN:
+                span = None
+        if propagates and (context or span is not None):
+            args, kwargs = _with_context(args, kwargs, headers, context, span)
         return delivery, args, kwargs
 
+    @staticmethod
     def _call_hook(
-        self, span: Span, delivery: Delivery | None, args: Args, kwargs: Kwargs
+        hook: ProduceHook,
+        span: Span,
+        delivery: Delivery | None,
+        args: Args,
+        kwargs: Kwargs,
     ) -> None:
-        hook = self._telemetry.config.produce_hook
-        if hook is None:
-            return
         try:
             call_hook("produce_hook", hook, span, args, kwargs)
         except BaseException as error:  # the user's, who wants to end it all
             if delivery is not None:
                 delivery.raised(error)
             raise
-
-    def _attributes(self, key: Any, headers: Any) -> Attributes:
-        """What a message tells before it is sent."""
-        config, attributes = self._telemetry.config, {}
-        if config.capture_message_key and key is not None:
-            text = message_key(key)
-            if text is not None:
-                attributes[MESSAGING_KAFKA_MESSAGE_KEY] = text
-        if config.capture_headers:
-            attributes.update(captured_headers(config, headers))
-        return attributes
 
     def _kept_context(self, headers: Any, context: Context) -> SpanContext | None:
         """The creation context that the application has put on the message.
@@ -333,7 +329,7 @@ class ProducerWrappers:
         try:
             if not may_carry_context(headers):
                 return None
-            carried = creation_context(extract(headers))
+            carried = creation_context(headers)
             if carried is None:
                 return None
             current = get_current_span(context).get_span_context()
@@ -345,11 +341,12 @@ class ProducerWrappers:
             return None
 
 
-def _with_context(args: Args, kwargs: Kwargs, context: Context) -> tuple[Args, Kwargs]:
-    """The arguments of `send` with `context` in the headers, wherever these were."""
+def _with_context(
+    args: Args, kwargs: Kwargs, headers: Any, context: Context, span: Span | None
+) -> tuple[Args, Kwargs]:
+    """The arguments of `send` with a context in the headers, wherever these were."""
     try:
-        headers = _client.argument(args, kwargs, _HEADERS, "headers")
-        injected = inject(headers, context)
+        injected = inject(headers, context, span)
     except Exception:
         report("inject the context into a message")
         return args, kwargs

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.context import get_current
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python import _client
 from otel_kafka_python._attributes import (
     Attributes,
-    message_attributes,
+    add_message,
     peer_attributes,
 )
 from otel_kafka_python._operation import (
@@ -305,7 +306,7 @@ class SettlementWrappers:
     ) -> Settlement | None:
         try:
             offsets = _offsets(args, kwargs)
-            if self._telemetry.is_enabled():
+            if self._telemetry.is_enabled(get_current()):
                 return self._start(instance, state, offsets, auto=auto)
             # What is suppressed moves the offsets, too.
             state.committed.update(_client.offsets_by_partition(offsets))
@@ -341,6 +342,7 @@ class SettlementWrappers:
         started = time.time_ns()
         span = None
         if config.commit_spans != "none":
+            attributes = {**facts.attributes, **attributes}
             span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
         return Settlement(facts, span, started, instance, state, offsets)
 
@@ -355,7 +357,7 @@ def _destination(offsets: Offsets) -> tuple[str | None, int | None, Attributes]:
         ((topic, partition), offset) = next(iter(offsets.items()))
         # Kafka's committed offset is that of the record to go on with; the
         # convention's, that of the last record that the commit covers.
-        return topic, partition, message_attributes(offset - 1, None, False)
+        return topic, partition, add_message({}, offset - 1)
     topics = {topic for topic, _ in offsets}
     return topics.pop() if len(topics) == 1 else None, None, {}
 
@@ -384,7 +386,7 @@ class TransactionWrappers:
         """Wrap one of `METHODS`."""
         operation = None
         try:
-            if self._telemetry.is_enabled():
+            if self._telemetry.is_enabled(get_current()):
                 operation = self._start(method, instance, args, kwargs)
         except Exception:
             report("trace a transaction")
@@ -421,5 +423,6 @@ class TransactionWrappers:
         if facts is None:
             return None
         started = time.time_ns()
+        attributes = {**facts.attributes, **attributes}
         span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
         return Operation(facts, span, started)

@@ -46,3 +46,12 @@ def table(page: str, heading: str) -> list[list[str]]:
 def code_in(cell: str) -> list[str]:
     """What a cell has as code."""
     return re.findall(r"`(.+?)`", cell)
+
+
+def error_types() -> dict[str, str]:
+    """The `error.type` of each of kafka-python's exceptions, by its class's name."""
+    rows = [(value, classes) for value, _, classes in table("errors", "Kafka's")]
+    rows += [(row[0], row[0]) for row in table("errors", "kafka-python's own")]
+    return {
+        name: code_in(value)[0] for value, classes in rows for name in code_in(classes)
+    }

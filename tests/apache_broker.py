@@ -187,6 +187,7 @@ class Node:
         """Have it neither run nor end: its connections stay, and nothing answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until all its threads have
 
     def thaw(self) -> None:
         assert self._process is not None

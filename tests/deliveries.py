@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from kafka import TopicPartition
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import StatusCode
+from opentelemetry.trace import Link, StatusCode
 
 from clients import DEADLINE, Clients
 from pages import error_types
@@ -25,10 +25,11 @@ def until_all_have_ended(recorder: Recorder) -> None:
     assert recorder.open() == []
 
 
-def ids(span: ReadableSpan | None) -> tuple[str, str]:
-    assert span is not None
-    assert span.context is not None
-    return f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}"
+def ids(owner: ReadableSpan | Link | None) -> tuple[str, str]:
+    """Of a span, or of what a link links to, as headers have them."""
+    assert owner is not None
+    assert owner.context is not None
+    return f"{owner.context.trace_id:032x}", f"{owner.context.span_id:016x}"
 
 
 def carried(record: Any) -> tuple[str, str] | None:
@@ -78,9 +79,10 @@ def held_records(clients: Clients, topic: str) -> list[Any]:
         deadline = time.monotonic() + DEADLINE
         while any(consumer.position(each) < ends[each] for each in partitions):
             assert time.monotonic() < deadline
-            for batch in consumer.poll(timeout_ms=1000).values():
-                records += batch
-        assert len(records) == sum(ends.values())
+            for partition, batch in consumer.poll(timeout_ms=1000).items():
+                # What is written meanwhile is left out.
+                records += [each for each in batch if each.offset < ends[partition]]
+    assert len(records) == sum(ends.values())
     return records
 
 

@@ -17,6 +17,9 @@ from clients import Clients
 from otel_kafka_python import KafkaPythonInstrumentor, _safety
 from recorder import Log, Recorder
 
+# So that what it asserts says what was wrong.
+pytest.register_assert_rewrite("deliveries")
+
 _WITHOUT_APACHE = apache_broker.why_unavailable()
 
 

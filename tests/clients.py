@@ -82,10 +82,10 @@ class Clients:
             producer.send(self.topic, value, **arguments)
         producer.flush()
 
-    def create_topic(self, partitions: int) -> None:
-        """Create the topic with more partitions than one."""
+    def create_topic(self, partitions: int, replicas: int = 1) -> None:
+        """Create the topic with more partitions than one, say."""
         admin = KafkaAdminClient(**self.config)
-        admin.create_topics([NewTopic(self.topic, partitions, 1)])
+        admin.create_topics([NewTopic(self.topic, partitions, replicas)])
         admin.close()
 
     def finite(self, count: int, **config: Any) -> Any:

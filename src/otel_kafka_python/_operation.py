@@ -46,6 +46,7 @@ from otel_kafka_python._client import Client, Clients
 from otel_kafka_python._config import Config
 from otel_kafka_python._exceptions import Exceptions
 from otel_kafka_python._metrics import Metrics
+from otel_kafka_python._propagation import has_propagators
 from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
@@ -94,6 +95,7 @@ class Facts:
     exceptions: Exceptions
     # Of its exceptions: the type of the operation, or what comes nearest to it.
     event_type: str
+    propagates: bool  # whether the messages that are sent carry a context
     queue_time: Histogram | None = None
     by_partition: dict[int, tuple[Attributes, Attributes]] = field(default_factory=dict)
 
@@ -249,6 +251,7 @@ class Telemetry:
             messages,
             self._exceptions,
             kind.type or "settle",
+            self.config.propagation and client.sends_headers and has_propagators(),
             queue_time,
         )
 

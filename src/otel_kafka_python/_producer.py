@@ -40,7 +40,6 @@ from otel_kafka_python._operation import (
 from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
     creation_context,
-    has_propagators,
     inject,
     may_carry_context,
 )
@@ -270,12 +269,7 @@ class ProducerWrappers:
             return None, args, kwargs
         started = time.time_ns()
         kept = None if headers is None else self._kept_context(headers, context)
-        propagates = (
-            config.propagation
-            and client.sends_headers
-            and kept is None
-            and has_propagators()
-        )
+        propagates = kept is None and facts.propagates
         span = delivery = None
         if config.send_spans:
             attributes = {**facts.attributes}

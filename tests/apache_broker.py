@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from embedded_broker import POLL_INTERVAL, START_TIMEOUT, die_with_parent
@@ -86,23 +86,37 @@ def cache() -> Path:
     return kept
 
 
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A directory of the cache, which is made the first time.
+
+    Args:
+        name: Its name there, with the version of what is in it.
+        make: Makes a directory at a path.
+    """
+    kept = cache() / name
+    if not kept.is_dir():
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            output = Path(scratch) / name
+            make(output)
+            try:
+                output.rename(kept)
+            except OSError:  # another run was faster
+                if not kept.is_dir():
+                    raise
+    return kept
+
+
 def libraries() -> Path:
     """The directory with Kafka's jars, which Maven fills the first time."""
-    jars = cache() / f"kafka-{KAFKA_VERSION}"
-    if not jars.is_dir():
-        with tempfile.TemporaryDirectory(dir=jars.parent) as scratch:
-            pom = Path(scratch) / "pom.xml"
-            pom.write_text(POM)
-            output = Path(scratch) / "jars"
-            command = ["mvn", "-q", "-B", "-f", str(pom)]
-            command += ["dependency:copy-dependencies", f"-DoutputDirectory={output}"]
-            subprocess.run(command, check=True, timeout=600)
-            try:
-                output.rename(jars)
-            except OSError:  # another run was faster
-                if not jars.is_dir():
-                    raise
-    return jars
+    return made_once(f"kafka-{KAFKA_VERSION}", _get_jars)
+
+
+def _get_jars(output: Path) -> None:
+    pom = output.with_name("pom.xml")
+    pom.write_text(POM)
+    command = ["mvn", "-q", "-B", "-f", str(pom)]
+    command += ["dependency:copy-dependencies", f"-DoutputDirectory={output}"]
+    subprocess.run(command, check=True, timeout=600)
 
 
 def free_ports(count: int) -> list[int]:

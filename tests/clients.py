@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from typing import Any
@@ -37,6 +38,18 @@ class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped
             raise StopIteration
         self.count -= 1
         return super().__next__()
+
+
+class Waiting(KafkaConsumer):  # type: ignore[misc]  # untyped
+    """Tells when it has begun to wait for records."""
+
+    def __init__(self, *topics: str, **config: Any) -> None:
+        self.waits = threading.Event()
+        super().__init__(*topics, **config)
+
+    def poll(self, *args: Any, **kwargs: Any) -> Any:
+        self.waits.set()
+        return super().poll(*args, **kwargs)
 
 
 class Clients:

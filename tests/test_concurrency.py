@@ -17,12 +17,12 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaProducer
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Span, StatusCode
 
-from clients import DEADLINE, Clients, poll, poll_records
+from clients import DEADLINE, Clients, Waiting, poll, poll_records
 from conftest import Instrument
 from deliveries import carried, ids, until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
@@ -157,18 +157,6 @@ def test_threads_send_on_while_the_instrumentation_comes_and_goes(
     traced = {offset: each for offset, each in contexts.items() if each is not None}
     assert traced == {offset: ids(span) for offset, span in by_offset(spans).items()}
     assert len(traced) < len(contexts)
-
-
-class Waiting(KafkaConsumer):  # type: ignore[misc]  # untyped
-    """Tells when it has begun to wait for records."""
-
-    def __init__(self, *topics: str, **config: Any) -> None:
-        self.waits = threading.Event()
-        super().__init__(*topics, **config)
-
-    def poll(self, *args: Any, **kwargs: Any) -> Any:
-        self.waits.set()
-        return super().poll(*args, **kwargs)
 
 
 class Looping:

@@ -67,7 +67,7 @@ def send_each(producer: Any, topic: str, keys: Iterable[str]) -> dict[str, Any]:
 def held_records(clients: Clients, topic: str) -> list[Any]:
     """All records of a topic that the broker holds, read without being traced."""
     with suppress_instrumentation():
-        consumer = clients.consumer("unused")
+        consumer = clients.consumer(topic)
         consumer.unsubscribe()
         partitions = [
             TopicPartition(topic, number)

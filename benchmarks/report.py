@@ -1,7 +1,8 @@
-"""The figures of `compare.py` as tables, and the targets that they are to reach."""
+"""The figures of `compare.py` and `scaling.py` as tables, and the targets."""
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.table import Table
 
 _BOTH = ("thread", "process")
 _TRACED = ("sampled", "1 % sampled")
+_WORK = ("send", "loop")
+_WIDTH = 90  # of the lines of a page
 
 
 class Target(NamedTuple):
@@ -82,6 +85,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
 def _target(workloads: dict[str, Any], goal: Goal) -> Target:
     ours = workloads[goal.workload]["ours"][goal.scope]
     base = workloads[goal.of or goal.workload][goal.variant][goal.scope]["added"]
+    base = max(base, 0.001)  # what is lost in noise is no base
     what = f"{goal.workload} / {goal.variant}"
     if goal.of:
         what += f" of {goal.of}"
@@ -117,7 +121,7 @@ def costs(results: dict[str, Any]) -> Rows:
                         for variant in ("hand-written", "contrib", "ours")
                     ),
                     *(
-                        _ratio(figures, variant, scope)
+                        _ratio(name, figures, variant, scope)
                         for variant in ("hand-written", "contrib")
                     ),
                 )
@@ -138,12 +142,12 @@ def _added(figures: dict[str, Any], variant: str, scope: str) -> str:
     return f"{figure['added']:.1f} ± {figure['spread']:.1f}"
 
 
-def _ratio(figures: dict[str, Any], variant: str, scope: str) -> str:
-    base = figures[variant][scope]["added"] if variant in figures else 0
+def _ratio(name: str, figures: dict[str, Any], variant: str, scope: str) -> str:
     # Contrib has no spans of `poll`: what it adds there is noise.
-    if base < 1:
+    if variant not in figures or (variant == "contrib" and name.startswith("poll")):
         return ""
-    return f"{figures['ours'][scope]['added'] / base:.2f}"
+    base = figures[variant][scope]["added"]
+    return "" if base <= 0 else f"{figures['ours'][scope]['added'] / base:.2f}"
 
 
 def long_runs(results: dict[str, Any]) -> Rows:
@@ -179,14 +183,165 @@ def reached(results: dict[str, Any]) -> Rows:
     )
 
 
-def show(results: dict[str, Any], console: Console) -> None:
-    """Print all tables."""
-    for title, make in (
-        ("What a message costs, in microseconds", costs),
-        ("Without a pause: what a message takes, in microseconds", long_runs),
-        ("Targets: ratios of what is added", reached),
-    ):
-        made: Rows = make(results)
+def tables(results: dict[str, Any]) -> dict[str, Rows]:
+    """All tables of `compare.py`, by title."""
+    return {
+        "What a message costs, in microseconds": costs(results),
+        "Without a pause: what a message takes, in microseconds": long_runs(results),
+        "Targets: ratios of what is added": reached(results),
+    }
+
+
+def growth(scaling: dict[str, Any]) -> Rows:
+    """What ours adds at each point of the curves."""
+    rows: list[tuple[str, ...]] = []
+    for title, by_setting in scaling["curves"].items():
+        scope = scopes(title)[-1]
+        for point, figures in by_setting["sampled"].items():
+            unsampled = by_setting.get("1 % sampled", {}).get(point, {})
+            rows.append(
+                (
+                    title,
+                    f"{int(point):,}",
+                    f"{figures['plain'][scope]['microseconds']:.1f}",
+                    _added(figures, "ours", scope),
+                    _added(unsampled, "ours", scope),
+                )
+            )
+    return Rows(
+        ("what grows", "to", "plain takes", "ours adds, sampled", "1 % sampled"), rows
+    )
+
+
+def bytes_kept(scaling: dict[str, Any]) -> Rows:
+    """What the package holds on to."""
+    return Rows(
+        ("of", "bytes for each", "bytes left when all are gone"),
+        [
+            (what, f"{kept['each']:,}", f"{kept['left']:,}")
+            for what, kept in scaling["bytes kept"].items()
+        ],
+    )
+
+
+def scaling_tables(scaling: dict[str, Any]) -> dict[str, Rows]:
+    """All tables of `scaling.py`, by title."""
+    return {
+        "How the cost of a message grows, in microseconds": growth(scaling),
+        "What the package keeps": bytes_kept(scaling),
+    }
+
+
+class Fleet(NamedTuple):
+    """How a fleet is set up, and the workloads that tell what that costs."""
+
+    what: str
+    sends: str
+    consumes: str
+
+
+FLEETS = (
+    Fleet("all traces sampled, metrics", *(f"{w}, sampled, metrics" for w in _WORK)),
+    Fleet("all traces sampled", *(f"{w}, sampled" for w in _WORK)),
+    Fleet(
+        "all traces sampled, polls of 500, receive spans only",
+        "send, sampled",
+        "poll of 500, sampled",
+    ),
+    Fleet("1 % sampled, metrics", *(f"{w}, 1 % sampled, metrics" for w in _WORK)),
+    Fleet("1 % sampled", *(f"{w}, 1 % sampled" for w in _WORK)),
+    Fleet(
+        "1 % sampled, polls of 500, receive spans only",
+        "send, 1 % sampled",
+        "poll of 500, 1 % sampled",
+    ),
+    Fleet("no SDK", *(f"{w}, no SDK" for w in _WORK)),
+    Fleet(
+        "the topics excluded",
+        "send to an excluded topic, sampled",
+        "loop over an excluded topic, sampled",
+    ),
+)
+
+
+def fleets(results: dict[str, Any]) -> Rows:
+    """The cores that a million messages a second take, sent and consumed."""
+    return Rows(
+        (
+            *("set-up", "a message sent adds", "a message consumed adds"),
+            *("cores for kafka-python", "cores added"),
+        ),
+        [
+            (
+                fleet.what,
+                *(f"{each:.1f} µs" for each in added),
+                f"{sum(plain):.0f}",
+                f"{sum(added):.0f}",
+            )
+            for fleet in FLEETS
+            for plain, added in [_fleet(results, fleet)]
+        ],
+    )
+
+
+def _fleet(results: dict[str, Any], fleet: Fleet) -> tuple[list[float], list[float]]:
+    """What the client takes and ours adds, of a message sent and of one consumed."""
+    figures = [
+        (results["workloads"][name], scopes(name)[-1])
+        for name in (fleet.sends, fleet.consumes)
+    ]
+    return (
+        [each["plain"][scope]["microseconds"] for each, scope in figures],
+        [each["ours"][scope]["added"] for each, scope in figures],
+    )
+
+
+def arithmetic(results: dict[str, Any]) -> str:
+    """How the cores of the one that samples everything are worked out."""
+    fleet = next(each for each in FLEETS if each.what == "all traces sampled")
+    _, (sent, consumed) = _fleet(results, fleet)
+    both = sent + consumed
+    return fill(
+        f"With {fleet.what}, a message that is sent costs {sent:.1f} µs more, and one"
+        f" that is consumed {consumed:.1f} µs: together {both:.1f} µs. A million of"
+        f" each in a second are {both:.1f} seconds of CPU time in a second:"
+        f" {both:.0f} cores of the kind that this was measured on, over the fleet.",
+        _WIDTH,
+    )
+
+
+def measured_with(results: dict[str, Any]) -> str:
+    """On what the figures were measured."""
+    versions = ", ".join(f"{name} {of}" for name, of in results["versions"].items())
+    return fill(
+        f"Measured on {results['machine']} with Python {results['python']}, {versions}:"
+        f" {results['rounds']} rounds of blocks of {results['block']} messages.",
+        _WIDTH,
+    )
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """How many targets are reached."""
+    made = targets(results)
+    missed = sum(not each.reached for each in made)
+    if not missed:
+        return f"All {len(made)} are reached."
+    return f"Of {len(made)} targets {missed} {'is' if missed == 1 else 'are'} missed."
+
+
+def markdown(rows: Rows) -> str:
+    """A table as the documentation has it."""
+    ruled = ["---" if n == 0 else "--:" for n in range(len(rows.header))]
+    lines = (f"| {' | '.join(cells)} |" for cells in (rows.header, ruled, *rows.rows))
+    return "\n".join(lines).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+
+
+def print_tables(tables: dict[str, Rows]) -> None:
+    """Print what `tables` or `scaling_tables` has made."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    for title, made in tables.items():
         table = Table(title=title)
         for number, column in enumerate(made.header):
             table.add_column(column, justify="right" if number > 1 else "left")

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from otel_kafka_python import KafkaPythonInstrumentor
 WARM_UP = 100
 VALUE = b"x" * 100
 KEY = b"key-0123"
+TOPICS = "benchmark-"  # what their names begin with
 VARIANTS = ("plain", "hand-written", "contrib", "ours")
 SCOPES = ("thread", "process")
 
@@ -138,7 +140,7 @@ def installed(variant: str, setting: Setting, case: Case) -> Iterator[None]:
 class Workload:
     """Producers and consumers, and the blocks of messages that go through them.
 
-    What is consumed is a topic of `block` messages, read from its start each time.
+    What is consumed is a topic of as many messages, read from its start each time.
 
     Args:
         address: The broker's.
@@ -154,7 +156,11 @@ class Workload:
             case,
             block,
         )
-        self.topic = f"benchmark-{random.randbytes(6).hex()}"
+        self.topic = f"{TOPICS}{random.randbytes(6).hex()}"
+        self.topics = [
+            self.topic,
+            *(f"{self.topic}-{i}" for i in range(1, case.topics)),
+        ]
         self.headers = [(f"header-{i}", b"value") for i in range(case.headers)]
         self.producers = [
             KafkaProducer(
@@ -164,15 +170,14 @@ class Workload:
         ]
         self.consumer: Any = None
         if case.work == "send":
-            self.send(None, 2 * case.topics)()
-            self.flush()
+            self.learn_topics()
         else:
             self.fill()
 
     def fill(self) -> None:
         """Send what is consumed, with the headers that instrumentation writes."""
         hand = HandWritten(self.setting.tracer_provider, self.address)
-        self.send(hand, self.block)()
+        self.send(hand, max(self.block, WARM_UP))()
         self.flush()
         self.consumer = KafkaConsumer(
             bootstrap_servers=self.address,
@@ -183,6 +188,12 @@ class Workload:
         )
         self.partition = TopicPartition(self.topic, 0)
         self.consumer.assign([self.partition])
+
+    def learn_topics(self) -> None:
+        """Have the producer know the topics, many by each answer of the broker's."""
+        with ThreadPoolExecutor(100) as pool:
+            for _ in pool.map(self.producers[0].partitions_for, self.topics):
+                pass
 
     def flush(self) -> None:
         for producer in self.producers:
@@ -196,11 +207,10 @@ class Workload:
 
     def send(self, hand: HandWritten | None, count: int) -> Callable[[], None]:
         case, key = self.case, self.case.key
-        topics = [self.topic, *(f"{self.topic}-{i}" for i in range(1, case.topics))]
         many = case.topics > 1 or case.clients > 1
         producer, topic = self.producers[0], self.topic
         calls = [
-            (self.producers[i % case.clients], topics[i % case.topics])
+            (self.producers[i % case.clients], self.topics[i % case.topics])
             for i in range(count if many else 0)
         ]
         # None where there are none: a send without headers is the usual one.
@@ -279,7 +289,8 @@ class Workload:
         if variant == "hand-written":
             hand = HandWritten(self.setting.tracer_provider, self.address)
         make = getattr(self, self.case.work)
-        warm_up, work = make(hand, WARM_UP), make(hand, count)
+        warm_up = make(hand, max(WARM_UP, self.case.topics))
+        work = make(hand, count)
         with installed(variant, self.setting, self.case):
             warm_up()
             self.flush()

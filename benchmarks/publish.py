@@ -1,0 +1,90 @@
+"""Write what the documentation shows of the benchmarks.
+
+    python benchmarks/publish.py
+
+writes the charts and the marked parts of `docs/performance.md` from the two JSON files
+in `docs/_static`; with `--measure` it first runs `compare.py` and `scaling.py`, which
+write these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chart
+import compare
+import report
+import scaling
+
+DOCS = Path(__file__).parent.parent / "docs"
+STATIC = DOCS / "_static"
+PAGE = DOCS / "performance.md"
+COMPARED = STATIC / "benchmarks.json"
+SCALED = STATIC / "scaling.json"
+END = "<!-- end -->"
+
+
+class Published(NamedTuple):
+    """What is made from the figures.
+
+    Args:
+        charts: The SVGs, by name of their file in `docs/_static`.
+        parts: What stands in the page between a mark and the next `END`.
+    """
+
+    charts: dict[str, str]
+    parts: dict[str, str]
+
+
+def publish(compared: dict[str, Any], scaled: dict[str, Any]) -> Published:
+    """Make it."""
+    table = report.markdown
+    return Published(
+        {
+            "benchmarks.svg": chart.bars(compared),
+            "scaling.svg": chart.curves(scaled),
+        },
+        {
+            "measured with": report.measured_with(compared),
+            "costs": table(report.costs(compared)),
+            "long runs": table(report.long_runs(compared)),
+            "verdict": report.verdict(compared),
+            "targets": table(report.reached(compared)),
+            "scaled with": report.measured_with(scaled),
+            "growth": table(report.growth(scaled)),
+            "bytes kept": table(report.bytes_kept(scaled)),
+            "arithmetic": report.arithmetic(compared),
+            "fleets": table(report.fleets(compared)),
+        },
+    )
+
+
+def written(page: str, parts: dict[str, str]) -> str:
+    """The page with all parts as they are to be."""
+    for name, part in parts.items():
+        start = f"<!-- {name} -->\n"
+        before, after = page.split(start)
+        _, rest = after.split(END, 1)
+        page = f"{before}{start}\n{part}\n\n{END}{rest}"
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true", help="run them before")
+    if parser.parse_args().measure:
+        compare.main(["--json", str(COMPARED)])
+        scaling.main(["--json", str(SCALED)])
+    published = publish(
+        json.loads(COMPARED.read_text()), json.loads(SCALED.read_text())
+    )
+    for name, svg in published.charts.items():
+        (STATIC / name).write_text(svg)
+    PAGE.write_text(written(PAGE.read_text(), published.parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,6 @@ COLOURS = {
     "ours, with metrics": "#7fc4cc",
 }
 LINES = {"sampled": COLOURS["ours"], "1 % sampled": COLOURS["contrib"]}
-ADDED = "µs of CPU time added to a message (of send: in all threads)"
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "otel-kafka-python",
@@ -76,7 +75,9 @@ def bars(results: dict[str, Any]) -> str:
         for each, (setting, panel) in zip(axes, panels.items(), strict=True):
             _draw_bars(each, panel)
             each.set_title(setting, loc="left", fontweight="bold")
-        axes[-1].set_xlabel(ADDED)
+        axes[-1].set_xlabel(
+            "µs of CPU time added to a message (of send: in all threads)"
+        )
         figure.legend(
             handles=[Patch(color=colour, label=of) for of, colour in COLOURS.items()],
             loc="outside upper center",
@@ -113,7 +114,7 @@ def curves(scaling: dict[str, Any]) -> str:
         panels = figure.subplots(rows, 2).flat
         for axes, (title, by_setting) in zip(panels, drawn.items(), strict=True):
             _draw_curve(axes, title, by_setting)
-        figure.supylabel(ADDED, fontsize=9)
+        figure.supylabel("µs of CPU time added to a message", fontsize=9)
         figure.legend(
             handles=[
                 Line2D([], [], color=colour, marker="o", ms=4, label=of)
@@ -126,9 +127,9 @@ def curves(scaling: dict[str, Any]) -> str:
 
 
 def _draw_curve(axes: Axes, title: str, by_setting: dict[str, Any]) -> None:
-    scope, highest = scopes(title)[-1], 0.0
+    highest = 0.0
     for setting, by_point in by_setting.items():
-        ours = [figures["ours"][scope] for figures in by_point.values()]
+        ours = [figures["ours"]["thread"] for figures in by_point.values()]
         added = [each["added"] for each in ours]
         highest = max(highest, *added)
         # The points stand at equal distances: most grow by a factor.

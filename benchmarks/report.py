@@ -196,16 +196,15 @@ def growth(scaling: dict[str, Any]) -> Rows:
     """What ours adds at each point of the curves."""
     rows: list[tuple[str, ...]] = []
     for title, by_setting in scaling["curves"].items():
-        scope = scopes(title)[-1]
         for point, figures in by_setting["sampled"].items():
             unsampled = by_setting.get("1 % sampled", {}).get(point, {})
             rows.append(
                 (
                     title,
                     f"{int(point):,}",
-                    f"{figures['plain'][scope]['microseconds']:.1f}",
-                    _added(figures, "ours", scope),
-                    _added(unsampled, "ours", scope),
+                    f"{figures['plain']['thread']['microseconds']:.1f}",
+                    _added(figures, "ours", "thread"),
+                    _added(unsampled, "ours", "thread"),
                 )
             )
     return Rows(

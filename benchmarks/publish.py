@@ -74,7 +74,9 @@ def written(page: str, parts: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true", help="run them before")
+    parser.add_argument(
+        "--measure", action="store_true", help="run both before: a quarter of an hour"
+    )
     if parser.parse_args().measure:
         compare.main(["--json", str(COMPARED)])
         scaling.main(["--json", str(SCALED)])

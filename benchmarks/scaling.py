@@ -168,7 +168,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--block", type=int, default=500, help="messages of a block")
     parser.add_argument("--most", type=int, default=10_000, help="points beyond go")
     parser.add_argument("--json", type=Path, help="where the figures go, too")

@@ -389,6 +389,14 @@ class Service:
                 if record.offset == 1:
                     break
 
+    def loops_over_a_batch(self, seen: list[Any]) -> None:
+        for _ in range(2):
+            self.consumer.seek(self.partition, 0)
+            for record in self.consumer:
+                with process_span([record]):
+                    seen.append(self._told(record))
+                break
+
     def leaves_a_span_current(self, seen: list[Any]) -> None:
         token = context.attach(context.get_current())
         for _ in range(2):
@@ -515,6 +523,7 @@ class Service:
         sends_what_the_client_refuses,
         loops,
         loops_and_fails,
+        loops_over_a_batch,
         leaves_a_span_current,
         forgets_a_loop,
         asks_for_the_next,

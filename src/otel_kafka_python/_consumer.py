@@ -302,7 +302,8 @@ class ConsumerIterator(ScopedIterator):
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         wrappers, telemetry = self._wrappers, self._wrappers.telemetry
-        if not telemetry.is_enabled(get_current()):
+        current = get_current()
+        if not telemetry.is_enabled(current):
             return
         end_abandoned()
         client = self._client
@@ -310,9 +311,9 @@ class ConsumerIterator(ScopedIterator):
         if not (by_loop and telemetry.config.process_spans):
             wrappers.receive_one(client, self._started, record, measured=False)
             if by_loop:
-                self._scope = process(telemetry, client, record)
+                self._scope = process(telemetry, client, record, current)
             return
-        scope = self._scope = process(telemetry, client, record)
+        scope = self._scope = process(telemetry, client, record, current)
         if scope is not None and scope.facts.duration is None:
             return  # nor is there a counter
         facts = telemetry.facts(client, POLL, record.topic, record.partition)

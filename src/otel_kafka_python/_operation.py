@@ -303,7 +303,6 @@ class Operation:
     __slots__ = (
         "_process",
         "_unclaimed",
-        "ended",
         "error_type",
         "facts",
         "span",
@@ -314,7 +313,6 @@ class Operation:
         self.facts = facts
         self.span = span
         self.started = started
-        self.ended = False
         self._unclaimed = True
         self.error_type: str | None = None
         self._process = _process
@@ -342,6 +340,11 @@ class Operation:
         except Exception:
             report("record an error")
 
+    @property
+    def ended(self) -> bool:
+        """Whether somebody has ended it, or is about to."""
+        return not hasattr(self, "_unclaimed")
+
     def claim(self) -> bool:
         """Whether nobody has ended it; the caller has to."""
         # To delete it is one step, which two threads cannot both take.
@@ -349,7 +352,6 @@ class Operation:
             del self._unclaimed
         except AttributeError:
             return False
-        self.ended = True
         # After a fork the child has copies of what the parent has started, and
         # the parent ends them.
         return self._process is _process

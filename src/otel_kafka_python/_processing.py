@@ -347,16 +347,19 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
     return False
 
 
-def _base() -> Context:
+def _base(context: Context) -> Context:
     """The current context, or what was current before the scopes that have ended.
 
     A copy of a context (a task's, a thread's) keeps a scope current after the
     loop has gone on.
+
+    Args:
+        context: The current context.
     """
     scope = _innermost.get(None)
     if scope is not None:
         scope = undo_left()
-    context = otel_context.get_current()
+        context = otel_context.get_current()
     while scope is not None and not scope._entered:
         if context is scope._attached and scope._base is not None:
             context = scope._base
@@ -382,7 +385,12 @@ def _scope_of(record: Record) -> Scope | None:
 
 
 def open_scope(
-    telemetry: Telemetry, client: Client, records: Sequence[Record], *, batch: bool
+    telemetry: Telemetry,
+    client: Client,
+    records: Sequence[Record],
+    current: Context,
+    *,
+    batch: bool,
 ) -> Scope | None:
     """Enter the processing of records ("Process" spans).
 
@@ -393,6 +401,7 @@ def open_scope(
         telemetry: What the instrumentation works with.
         client: The consumer, or an empty one if it is not known.
         records: The records, at least one, none of an excluded topic.
+        current: The current context.
         batch: Whether they are processed together, even if it is only one.
 
     Returns:
@@ -407,7 +416,7 @@ def open_scope(
     if facts is None:
         return None
     started = time.time_ns()
-    base = _base()
+    base = _base(current)
     if not config.process_spans:
         if facts.duration is None:
             return None
@@ -597,20 +606,21 @@ class RecordsIterator(ScopedIterator):
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         telemetry = self._telemetry
-        if (
-            by_loop
-            and telemetry.is_enabled(otel_context.get_current())
-            and self._records.take(record)
-        ):
+        if not by_loop:
+            return
+        current = otel_context.get_current()
+        if telemetry.is_enabled(current) and self._records.take(record):
             end_abandoned()
-            self._scope = process(telemetry, self._client, record)
+            self._scope = process(telemetry, self._client, record, current)
 
 
-def process(telemetry: Telemetry, client: Client, record: Record) -> Scope | None:
+def process(
+    telemetry: Telemetry, client: Client, record: Record, current: Context
+) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
     if _innermost.get(None) is not None and _scope_of(record) is not None:
         return None
-    return open_scope(telemetry, client, [record], batch=False)
+    return open_scope(telemetry, client, [record], current, batch=False)
 
 
 class Held:
@@ -639,7 +649,7 @@ class Held:
 
 def hold(telemetry: Telemetry, client: Client, record: Record) -> None:
     """Enter the processing of a record that `next` returns, as `next_process_spans`."""
-    scope = process(telemetry, client, record)
+    scope = process(telemetry, client, record, otel_context.get_current())
     if scope is not None:
         scope.is_bounded = False
         client.held = Held(scope)
@@ -719,7 +729,8 @@ class ProcessSpan:
         if _telemetry is None:
             _telemetry = Telemetry(_config.load({}))
         telemetry = _telemetry
-        if not telemetry.is_enabled(otel_context.get_current()):
+        current = otel_context.get_current()
+        if not telemetry.is_enabled(current):
             return None, False
         end_abandoned()
         given = self._given
@@ -738,7 +749,7 @@ class ProcessSpan:
         ]
         if not records:
             return None, False
-        return open_scope(telemetry, client, records, batch=batch), True
+        return open_scope(telemetry, client, records, current, batch=batch), True
 
     def __exit__(
         self,

@@ -42,6 +42,7 @@ _BAGGAGE_PREFIXES = ("uberctx-", "ot-baggage-")
 _DEFAULT_PROPAGATORS = [TraceContextTextMapPropagator, W3CBaggagePropagator]
 _TRACEPARENT = "traceparent"
 _USUAL = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_FLAGS = {f"{flags:02x}".encode(): TraceFlags(flags) for flags in range(256)}
 
 
 class _Known(NamedTuple):
@@ -128,9 +129,7 @@ def _read_usual(carrier: Mapping[str, Any]) -> SpanContext | None:
         return None
     trace_id, span_id, flags = usual.groups()
     is_remote = True
-    created = SpanContext(
-        int(trace_id, 16), int(span_id, 16), is_remote, TraceFlags(int(flags, 16))
-    )
+    created = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, _FLAGS[flags])
     return created if created.is_valid else None
 
 

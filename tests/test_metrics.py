@@ -9,11 +9,12 @@ import pytest
 from kafka import TopicPartition
 from opentelemetry import metrics
 from opentelemetry.metrics import NoOpMeterProvider
-from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     InMemoryMetricReader,
 )
+from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
@@ -241,7 +242,7 @@ def test_two_readers_see_the_same_each_in_its_temporality(
 ) -> None:
     of_change = AggregationTemporality.DELTA
     delta = InMemoryMetricReader(
-        preferred_temporality={Counter: of_change, Histogram: of_change}
+        preferred_temporality={ObservableCounter: of_change, Histogram: of_change}
     )
     cumulative = InMemoryMetricReader()
     provider = MeterProvider([delta, cumulative], shutdown_on_exit=False)
@@ -263,6 +264,34 @@ def test_two_readers_see_the_same_each_in_its_temporality(
     clients.send(b"3")
     assert counts(delta) == {SENT: 1, OPERATION: 1}
     assert counts(cumulative) == {SENT: 3, OPERATION: 3}
+    provider.shutdown()
+
+
+def test_a_view_without_the_partition_adds_up(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    clients.create_topic(2)
+    reader = InMemoryMetricReader()
+    view = View(instrument_name=SENT, attribute_keys={"messaging.destination.name"})
+    provider = MeterProvider([reader], shutdown_on_exit=False, views=[view])
+    instrument(meter_provider=provider)
+    producer = clients.producer()
+    # It is read again and again, and tells all that there have been each time.
+    for number in range(1, 4):
+        for partition in range(2):
+            producer.send(topic, b"value", partition=partition)
+        producer.flush()
+        data = reader.get_metrics_data()
+        assert data is not None
+        (found,) = [
+            metric
+            for metric in data.resource_metrics[0].scope_metrics[0].metrics
+            if metric.name == SENT
+        ]
+        point: Any
+        (point,) = found.data.data_points
+        assert point.value == 2 * number
+        assert point.attributes == {"messaging.destination.name": topic}
     provider.shutdown()
 
 

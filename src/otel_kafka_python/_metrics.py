@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 from opentelemetry.metrics import (
-    Counter,
+    CallbackOptions,
     Histogram,
     Meter,
     MeterProvider,
+    Observation,
     get_meter_provider,
 )
 
@@ -27,14 +32,75 @@ from otel_kafka_python._semconv import (
 from otel_kafka_python.package import __version__
 
 
+class Tally:
+    """How many messages had the same attributes.
+
+    Args:
+        attributes: The attributes.
+    """
+
+    __slots__ = ("attributes", "number")
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes = attributes
+        self.number = 0
+
+    def count(self, messages: int) -> None:
+        """Count so many more, on any thread."""
+        with _lock:
+            self.number += messages
+
+
+class MessageCounter:
+    """A counter that is read when the SDK collects.
+
+    To tell the SDK of each message takes 12 µs with 1.45, most of them for its
+    attributes, which a tally has once.
+
+    Args:
+        meter: Makes the instrument.
+        name: Its name.
+        description: Its description.
+    """
+
+    def __init__(self, meter: Meter, name: str, description: str) -> None:
+        self._tallies: dict[frozenset[tuple[str, Any]], Tally] = {}
+        meter.create_observable_counter(name, [self._observe], "{message}", description)
+
+    def tally(self, attributes: dict[str, Any]) -> Tally:
+        """What counts messages with these attributes."""
+        return self._tallies.setdefault(
+            frozenset(attributes.items()), Tally(attributes)
+        )
+
+    def _observe(self, _options: CallbackOptions) -> list[Observation]:
+        return [
+            Observation(tally.number, tally.attributes)
+            for tally in list(self._tallies.values())
+            if tally.number
+        ]
+
+
+_lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 (another thread may have held it)
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 @dataclass(frozen=True, slots=True)
 class Instruments:
     """The instruments (messaging client metrics); durations are in seconds."""
 
     operation_duration: Histogram
     process_duration: Histogram
-    sent_messages: Counter
-    consumed_messages: Counter
+    sent_messages: MessageCounter
+    consumed_messages: MessageCounter
     queue_time: Histogram
 
 
@@ -68,7 +134,7 @@ class Metrics:
             if not _is_of_api(provider):
                 meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
                 if not _is_of_api(meter):
-                    self._instruments = _create_instruments(meter)
+                    self._instruments = _create_instruments(provider, meter)
                     if self._living is not None:
                         try:
                             observe(provider, meter, self._living)
@@ -81,7 +147,32 @@ def _is_of_api(thing: object) -> bool:
     return type(thing).__module__.startswith("opentelemetry.metrics")
 
 
-def _create_instruments(meter: Meter) -> Instruments:
+class _Counters:
+    """The counters of a meter, which go on through one instrumentation after another.
+
+    An SDK takes no second callback for an instrument of the same name.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.sent = MessageCounter(
+            meter,
+            MESSAGING_CLIENT_SENT_MESSAGES,
+            "Number of messages producer attempted to send to the broker.",
+        )
+        self.consumed = MessageCounter(
+            meter,
+            MESSAGING_CLIENT_CONSUMED_MESSAGES,
+            "Number of messages that were delivered to the application.",
+        )
+
+
+_by_provider: weakref.WeakKeyDictionary[Any, _Counters] = weakref.WeakKeyDictionary()
+
+
+def _create_instruments(provider: MeterProvider, meter: Meter) -> Instruments:
+    counters = _by_provider.get(provider)
+    if counters is None:
+        counters = _by_provider[provider] = _Counters(meter)
     return Instruments(
         operation_duration=meter.create_histogram(
             MESSAGING_CLIENT_OPERATION_DURATION,
@@ -96,16 +187,8 @@ def _create_instruments(meter: Meter) -> Instruments:
             "Duration of processing operation.",
             explicit_bucket_boundaries_advisory=DURATION_BUCKETS,
         ),
-        sent_messages=meter.create_counter(
-            MESSAGING_CLIENT_SENT_MESSAGES,
-            "{message}",
-            "Number of messages producer attempted to send to the broker.",
-        ),
-        consumed_messages=meter.create_counter(
-            MESSAGING_CLIENT_CONSUMED_MESSAGES,
-            "{message}",
-            "Number of messages that were delivered to the application.",
-        ),
+        sent_messages=counters.sent,
+        consumed_messages=counters.consumed,
         queue_time=meter.create_histogram(
             KAFKA_RECORD_QUEUE_TIME,
             "s",

@@ -20,7 +20,7 @@ from opentelemetry import trace
 from opentelemetry._logs import LoggerProvider
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.metrics import Histogram, MeterProvider
 from opentelemetry.trace import (
     Link,
     Span,
@@ -28,7 +28,6 @@ from opentelemetry.trace import (
     Status,
     StatusCode,
     TracerProvider,
-    set_span_in_context,
 )
 
 from otel_kafka_python import _client, _coexistence
@@ -45,8 +44,8 @@ from otel_kafka_python._attributes import (
 from otel_kafka_python._client import Client, Clients
 from otel_kafka_python._config import Config
 from otel_kafka_python._exceptions import Exceptions
-from otel_kafka_python._metrics import Metrics
-from otel_kafka_python._propagation import has_propagators
+from otel_kafka_python._metrics import MessageCounter, Metrics, Tally
+from otel_kafka_python._propagation import SPAN_KEY, has_propagators
 from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
@@ -91,23 +90,31 @@ class Facts:
     measured: Attributes  # of the duration
     counted: Attributes  # of the messages
     duration: Histogram | None
-    messages: Counter | None
+    messages: MessageCounter | None
     exceptions: Exceptions
     # Of its exceptions: the type of the operation, or what comes nearest to it.
     event_type: str
     propagates: bool  # whether the messages that are sent carry a context
     queue_time: Histogram | None = None
-    by_partition: dict[int, tuple[Attributes, Attributes]] = field(default_factory=dict)
+    by_partition: dict[int | None, tuple[Attributes, Tally | None]] = field(
+        default_factory=dict
+    )
 
-    def metric_attributes(self, partition: int | None) -> tuple[Attributes, Attributes]:
-        """`measured` and `counted`, with a partition that was learned later."""
-        if partition is None:
-            return self.measured, self.counted
+    def metrics(self, partition: int | None) -> tuple[Attributes, Tally | None]:
+        """The attributes of the duration, and what counts the messages.
+
+        Args:
+            partition: The partition, if it was learned later.
+        """
         known = self.by_partition.get(partition)
         if known is None:
-            added = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
-            known = {**self.measured, **added}, {**self.counted, **added}
-            self.by_partition[partition] = known
+            added: Attributes = {}
+            if partition is not None:
+                added = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+            tally = None
+            if self.messages is not None:
+                tally = self.messages.tally({**self.counted, **added})
+            known = self.by_partition[partition] = {**self.measured, **added}, tally
         return known
 
     def is_end_wanted(self, span: Span | None) -> bool:
@@ -394,15 +401,17 @@ class Operation:
         if facts.duration is None or not measured:
             return
         try:
-            of_duration, of_messages = facts.metric_attributes(partition)
+            attributes, tally = facts.metrics(partition)
             if self.error_type is not None:
-                of_duration = {**of_duration, ERROR_TYPE: self.error_type}
-                of_messages = {**of_messages, ERROR_TYPE: self.error_type}
-            context = None if span is None else set_span_in_context(span)
+                error = {ERROR_TYPE: self.error_type}
+                attributes = {**attributes, **error}
+                if facts.messages is not None and tally is not None:
+                    tally = facts.messages.tally({**tally.attributes, **error})
+            if messages and tally is not None:
+                tally.count(messages)
+            context = None if span is None else Context({SPAN_KEY: span})
             seconds = (ended - self.started) / 1e9
-            facts.duration.record(seconds, of_duration, context)
-            if messages and facts.messages is not None:
-                facts.messages.add(messages, of_messages, context)
+            facts.duration.record(seconds, attributes, context)
         except Exception:
             report("record a metric")
 
@@ -492,13 +501,14 @@ def count_records(
         records: The records.
         span: The span that accounts for them, if there is one.
     """
-    if facts.messages is None:
+    _, tally = facts.metrics(None)
+    if tally is None:
+        return
+    tally.count(len(records))
+    if facts.queue_time is None:
         return
     try:
-        context = None if span is None else set_span_in_context(span)
-        facts.messages.add(len(records), facts.counted, context)
-        if facts.queue_time is None:
-            return
+        context = None if span is None else Context({SPAN_KEY: span})
         now = time.time_ns()
         attributes = {
             name: facts.counted[name]

@@ -126,7 +126,7 @@ class ConsumerWrappers:
 
     def _client_to_trace(self, instance: Any) -> Client | None:
         try:
-            if self.telemetry.is_enabled(get_current()):
+            if self.telemetry.is_enabled():
                 end_abandoned()
                 return self.telemetry.client(instance)
         except Exception:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from opentelemetry import trace
 from opentelemetry._logs import LoggerProvider
-from opentelemetry.context import Context
+from opentelemetry.context import Context, get_current
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.metrics import Histogram, MeterProvider
 from opentelemetry.trace import (
@@ -159,13 +159,15 @@ class Telemetry:
     def _living(self) -> list[tuple[Any, Client]]:
         return self.clients.living() if self.active else []
 
-    def is_enabled(self, context: Context) -> bool:
+    def is_enabled(self, context: Context | None = None) -> bool:
         """Whether operations are traced now: not uninstrumented, not suppressed.
 
         Args:
-            context: The current one. If it is empty, nothing is suppressed in it,
-                which need not be looked up then: saves 0.2 µs.
+            context: The current one, if it is known. If it is empty, nothing is
+                suppressed in it, which need not be looked up then: saves 0.2 µs.
         """
+        if context is None:
+            context = get_current()
         return self.active and (not context or is_instrumentation_enabled())
 
     def client(self, instance: object) -> Client:

@@ -182,11 +182,6 @@ class Scope(Operation):
             return
         self._entered = False
         scope = _innermost.get(None)
-        if scope is self and not self.is_covered():  # nearly always
-            self.undo()
-            if self._below is not None:
-                undo_left()
-            return
         later = []
         while scope is not None and scope is not self:
             later.append(scope)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry.context import get_current
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python import _client
@@ -306,7 +305,7 @@ class SettlementWrappers:
     ) -> Settlement | None:
         try:
             offsets = _offsets(args, kwargs)
-            if self._telemetry.is_enabled(get_current()):
+            if self._telemetry.is_enabled():
                 return self._start(instance, state, offsets, auto=auto)
             # What is suppressed moves the offsets, too.
             state.committed.update(_client.offsets_by_partition(offsets))
@@ -386,7 +385,7 @@ class TransactionWrappers:
         """Wrap one of `METHODS`."""
         operation = None
         try:
-            if self._telemetry.is_enabled(get_current()):
+            if self._telemetry.is_enabled():
                 operation = self._start(method, instance, args, kwargs)
         except Exception:
             report("trace a transaction")

@@ -16,8 +16,7 @@ from otel_kafka_python._messages import (
     creation_context_of,
     describe,
     links_to,
-    shared_partition,
-    shared_topic,
+    shared,
 )
 from otel_kafka_python._operation import (
     POLL,
@@ -171,16 +170,10 @@ class ConsumerWrappers:
         It fetches ahead, so it accounts for no message yet.
         """
         ended = time.time_ns()
-        partitions = list(self._traced(client, polled))
-        if not partitions:
+        traced = self._traced(client, polled)
+        if not traced:
             return
-        topics = {topic for topic, _ in partitions}
-        facts = self.telemetry.facts(
-            client,
-            POLL,
-            partitions[0][0] if len(topics) == 1 else None,
-            partitions[0][1] if len(partitions) == 1 else None,
-        )
+        facts = self.telemetry.facts(client, POLL, *shared(traced))
         if facts is not None:
             Operation(facts, None, started).end(ended=ended)
 
@@ -188,27 +181,31 @@ class ConsumerWrappers:
         ended = time.time_ns()
         telemetry = self.telemetry
         traced = self._traced(client, polled)
-        records = [record for batch in traced.values() for record in batch]
-        if not records:
+        if not traced:
             return
-        facts = telemetry.facts(
-            client, POLL, shared_topic(records), shared_partition(records)
-        )
+        topic, partition = shared(traced)
+        facts = telemetry.facts(client, POLL, topic, partition)
         if facts is None:
             return
         span = None
         if telemetry.config.receive_spans:
             attributes = {**facts.attributes}
-            links = account_for(telemetry.config, records, attributes)
+            links = account_for(
+                telemetry.config,
+                [record for batch in traced.values() for record in batch],
+                topic,
+                partition,
+                attributes,
+            )
             span = telemetry.start_span(
                 facts, SpanKind.CLIENT, started, attributes, links=links
             )
         Operation(facts, span, started).end(ended=ended)
-        for partition, batch in traced.items():
-            of_partition = telemetry.facts(client, POLL, *partition)
+        for each, batch in traced.items():
+            of_partition = telemetry.facts(client, POLL, *each)
             if of_partition is not None:
                 count_records(of_partition, batch, span)
-            polled[partition] = Records(batch, telemetry, client)
+            polled[each] = Records(batch, telemetry, client)
 
     def receive_one(
         self, client: Client, started: int, record: Record, *, measured: bool

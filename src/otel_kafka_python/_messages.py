@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from opentelemetry.context import Context
@@ -33,24 +33,21 @@ Record = Any
 """A ConsumerRecord. Read by name: its fields differ between versions."""
 
 
-def shared_topic(records: Sequence[Record]) -> str | None:
-    """The topic of all records, or None if they are of several."""
-    if len(records) == 1:
-        return records[0].topic  # type: ignore[no-any-return]  # untyped
-    topics = {record.topic for record in records}
-    return topics.pop() if len(topics) == 1 else None
-
-
-def shared_partition(records: Sequence[Record]) -> int | None:
-    """The partition of all records, or None if they are of several."""
-    if len(records) == 1:
-        return records[0].partition  # type: ignore[no-any-return]  # untyped
-    partitions = {(record.topic, record.partition) for record in records}
-    return partitions.pop()[1] if len(partitions) == 1 else None
+def shared(partitions: Collection[tuple[str, int]]) -> tuple[str | None, int | None]:
+    """The topic and the partition that all are, each None if they are several."""
+    if len(partitions) == 1:
+        ((topic, partition),) = partitions
+        return topic, partition
+    topics = {topic for topic, _ in partitions}
+    return topics.pop() if len(topics) == 1 else None, None
 
 
 def account_for(
-    config: Config, records: Sequence[Record], attributes: Attributes
+    config: Config,
+    records: Sequence[Record],
+    topic: str | None,
+    partition: int | None,
+    attributes: Attributes,
 ) -> Sequence[Link]:
     """Describe the messages that a span of a batch accounts for.
 
@@ -60,6 +57,8 @@ def account_for(
     Args:
         config: The settings.
         records: The records, at least one.
+        topic: The topic that they share, or None.
+        partition: The partition that they share, or None.
         attributes: Those of the span, to which theirs are added.
 
     Returns:
@@ -69,8 +68,6 @@ def account_for(
     if len(records) == 1:
         describe(config, records[0], attributes)
         return links_to(creation_context_of(records[0]))
-    several_topics = shared_topic(records) is None
-    several_partitions = shared_partition(records) is None
     links: list[Link] = []
     # Of too many links the SDK keeps the newest: only those are built.
     for record in reversed(records):
@@ -81,9 +78,9 @@ def account_for(
             continue
         about: Attributes = {}
         describe(config, record, about)
-        if several_topics:
+        if topic is None:
             about[MESSAGING_DESTINATION_NAME] = record.topic
-        if several_partitions:
+        if partition is None:
             about[MESSAGING_DESTINATION_PARTITION_ID] = partition_id(record.partition)
         links.append(Link(created, about))
     links.reverse()

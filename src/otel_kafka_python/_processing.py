@@ -38,8 +38,7 @@ from otel_kafka_python._messages import (
     creation_context_of,
     describe,
     links_to,
-    shared_partition,
-    shared_topic,
+    shared,
 )
 from otel_kafka_python._operation import (
     PROCESS,
@@ -406,7 +405,7 @@ def open_scope(
     if len(records) == 1:
         topic, partition = records[0].topic, records[0].partition
     else:
-        topic, partition = shared_topic(records), shared_partition(records)
+        topic, partition = shared({(each.topic, each.partition) for each in records})
     facts = telemetry.facts(client, PROCESS, topic, partition)
     if facts is None:
         return None
@@ -420,7 +419,8 @@ def open_scope(
         return scope
     attributes = {**facts.attributes}
     if batch:
-        context, links = base, account_for(config, records, attributes)
+        context = base
+        links = account_for(config, records, topic, partition, attributes)
     else:
         describe(config, records[0], attributes)
         if config.capture_queue_time:

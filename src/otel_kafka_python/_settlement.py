@@ -22,6 +22,7 @@ from otel_kafka_python._attributes import (
     add_message,
     peer_attributes,
 )
+from otel_kafka_python._messages import shared
 from otel_kafka_python._operation import (
     COMMIT,
     Answered,
@@ -334,14 +335,14 @@ class SettlementWrappers:
             for partition, offset in offsets.items()
         ):
             return None
-        topic, partition, attributes = _destination(offsets)
+        topic, partition = shared(offsets)
         facts = telemetry.facts(client, COMMIT, topic, partition)
         if facts is None:
             return None
         started = time.time_ns()
         span = None
         if config.commit_spans != "none":
-            attributes = {**facts.attributes, **attributes}
+            attributes = {**facts.attributes, **_attributes(partition, offsets)}
             span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
         return Settlement(facts, span, started, instance, state, offsets)
 
@@ -350,15 +351,14 @@ def _offsets(args: Args, kwargs: Kwargs) -> Any:
     return _client.argument(args, kwargs, 0, "offsets")
 
 
-def _destination(offsets: Offsets) -> tuple[str | None, int | None, Attributes]:
-    """The topic and the partition, where there is one, and what belongs to it."""
-    if len(offsets) == 1:
-        ((topic, partition), offset) = next(iter(offsets.items()))
-        # Kafka's committed offset is that of the record to go on with; the
-        # convention's, that of the last record that the commit covers.
-        return topic, partition, add_message({}, offset - 1)
-    topics = {topic for topic, _ in offsets}
-    return topics.pop() if len(topics) == 1 else None, None, {}
+def _attributes(partition: int | None, offsets: Offsets) -> Attributes:
+    """What belongs to the partition, where there is one."""
+    if partition is None:
+        return {}
+    (offset,) = offsets.values()
+    # Kafka's committed offset is that of the record to go on with; the
+    # convention's, that of the last record that the commit covers.
+    return add_message({}, offset - 1)
 
 
 class TransactionWrappers:

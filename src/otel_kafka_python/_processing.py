@@ -613,7 +613,7 @@ def process(
     telemetry: Telemetry, client: Client, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if _innermost.get(None) is not None and _scope_of(record) is not None:
+    if _scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, [record], current, batch=False)
 

@@ -73,6 +73,22 @@ def test_the_produce_hook_is_called_once_with_span_and_arguments(
     assert attributes_of([recorder.one(f"send {topic}")])[0]["app.own"] == 1
 
 
+def test_what_the_produce_hook_replaces_stays_replaced(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    own = {"messaging.kafka.message.key": "***", "messaging.client.id": "***"}
+
+    def hook(span: Any, args: Any, kwargs: Any) -> None:
+        assert own.keys() <= span.attributes.keys()
+        span.set_attributes(own)
+
+    instrument(produce_hook=hook)
+    clients.send(b"1", b"2", key=b"key")
+    for attributes in attributes_of(recorder.named(f"send {topic}")):
+        assert {**attributes, **own} == attributes
+        assert attributes["messaging.destination.partition.id"] == "0"
+
+
 def test_headers_that_the_produce_hook_adds_are_sent(
     instrument: Instrument, clients: Clients
 ) -> None:

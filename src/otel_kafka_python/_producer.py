@@ -25,7 +25,6 @@ from otel_kafka_python._attributes import (
     message_key,
     partition_id,
     peer_attributes,
-    without_absent,
 )
 from otel_kafka_python._client import Client
 from otel_kafka_python._config import ProduceHook
@@ -46,6 +45,7 @@ from otel_kafka_python._propagation import (
 from otel_kafka_python._safety import call_hook, report
 from otel_kafka_python._semconv import (
     MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_KAFKA_CLUSTER_ID,
 )
 
 Args = tuple[Any, ...]
@@ -63,7 +63,7 @@ class Delivery(Answered):
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
         client: The producer.
-        key: The message's key, if its span is to have it and it has a text.
+        key: The message's key, if its span is yet to have it.
     """
 
     __slots__ = ("_client", "_key", "_partition", "_size", "_sized")
@@ -140,17 +140,19 @@ class Delivery(Answered):
         client, topic = self._client, self.facts.topic
         try:
             client.refresh()  # the leader may have changed on the way
-            known: Attributes | None = client.answers.get((topic, partition))
+            # The cluster may not have been known when it was sent.
+            is_told = MESSAGING_KAFKA_CLUSTER_ID in self.facts.attributes
+            key = topic, partition, is_told
+            known: Attributes | None = client.answers.get(key)
             if known is None:
                 leader = None if topic is None else client.leader(topic, partition)
-                known = client.answers[topic, partition] = without_absent(
-                    {
-                        # The cluster may not have been known when it was sent.
-                        **client_attributes(client.client_id, client.cluster_id),
-                        MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
-                        **peer_attributes(leader if leader and leader.is_ip else None),
-                    }
-                )
+                cluster_id = None if is_told else client.cluster_id
+                known = client.answers[key] = {
+                    **self.facts.told_later,
+                    **client_attributes(None, cluster_id),
+                    MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
+                    **peer_attributes(leader if leader and leader.is_ip else None),
+                }
         except Exception:
             report("read the metadata of a producer")
             of_partition = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
@@ -270,23 +272,22 @@ class ProducerWrappers:
         started = time.time_ns()
         kept = None if headers is None else self._kept_context(headers, context)
         propagates = kept is None and facts.propagates
+        if not config.capture_message_key:
+            key = None
         span = delivery = None
         if config.send_spans:
-            attributes = {**facts.attributes}
-            if config.capture_headers:  # samplers may decide by them
-                attributes.update(captured_headers(config, headers))
             span = telemetry.start_span(
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                attributes,
+                self._attributes(facts, key, headers),
                 context,
                 () if kept is None else (Link(kept),),
             )
         # An end that nobody would know of needs no callback.
         if facts.is_end_wanted(span):
-            recorded = key if config.capture_message_key else None
-            delivery = Delivery(facts, span, started, client, recorded)
+            told_later = key if config.produce_hook is None else None
+            delivery = Delivery(facts, span, started, client, told_later)
         if span is not None:
             if config.produce_hook is not None:
                 self._call_hook(config.produce_hook, span, delivery, args, kwargs)
@@ -312,6 +313,18 @@ class ProducerWrappers:
             if delivery is not None:
                 delivery.raised(error)
             raise
+
+    def _attributes(self, facts: Facts, key: object, headers: Any) -> Attributes:
+        """What the span has at its creation.
+
+        Samplers may decide by it, and a hook may replace it: then that is to stay.
+        """
+        config, attributes = self._telemetry.config, {**facts.attributes}
+        if config.capture_headers:
+            attributes.update(captured_headers(config, headers))
+        if config.produce_hook is not None and key is not None:
+            add_message(attributes, None, message_key(key))
+        return attributes
 
     def _kept_context(self, headers: Any, context: Context) -> SpanContext | None:
         """The creation context that the application has put on the message.

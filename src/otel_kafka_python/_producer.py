@@ -123,12 +123,10 @@ class Delivery(Answered):
         self.fail(error)
         partition = self._partition
         known = self.facts.told_later
-        if partition is None:
-            pass
-        elif at_once or not _client.is_answer(error):
+        if partition is not None:
             known = {**known, MESSAGING_DESTINATION_PARTITION_ID: str(partition)}
-        else:
-            known = self._answer_attributes(partition)
+            if not at_once and _client.is_answer(error):
+                known = self._answer_attributes(partition)
         self._finish(self._told(known), ended, partition, 1)
 
     def _told(self, known: Attributes, offset: int | None = None) -> Attributes:

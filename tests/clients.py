@@ -82,6 +82,8 @@ class Clients:
             "auto_offset_reset": "earliest",
             "consumer_timeout_ms": DEADLINE * 1000,
             "enable_auto_commit": False,
+            # In 2.1 the close of one that is in a group takes as long.
+            "heartbeat_interval_ms": 300,
             **config,
         }
         consumer = cls(*(topics or (self.topic,)), **settings)

@@ -236,21 +236,10 @@ def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 @cache
-def _add_both() -> Callable[[Any, Callable[..., Any], Callable[..., Any]], Any]:
-    """What adds a callback and an errback to a future."""
+def _future_class() -> Any:
     from kafka.future import Future  # noqa: PLC0415 (see the top)
 
-    try:
-        return Future._add_cb_eb  # type: ignore[no-any-return]  # 3.0: saves 0.3 µs
-    except AttributeError:
-        return _add_one_by_one
-
-
-def _add_one_by_one(future: Any, callback: Any, errback: Any) -> None:
-    from kafka.future import Future  # noqa: PLC0415 (see the top)
-
-    Future.add_callback(future, callback)
-    Future.add_errback(future, errback)
+    return Future
 
 
 def record_future_class() -> type:
@@ -266,7 +255,12 @@ def when_done(future: Any, callback: Callable[[Any], None]) -> None:
     A future that is done already calls back at once. What stands on the class of
     `send`'s futures for the application's callbacks is passed by.
     """
-    _add_both()(future, callback, callback)
+    cls = _future_class()
+    if hasattr(cls, "_add_cb_eb"):  # 3.0, with one lock: saves 0.3 µs
+        cls._add_cb_eb(future, callback, callback)
+    else:
+        cls.add_callback(future, callback)
+        cls.add_errback(future, callback)
 
 
 def pending(future: Any) -> tuple[int | None, int, BaseException | None]:

@@ -111,7 +111,7 @@ class Delivery(Answered):
 
     def _succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
-        attributes = self._told(self._answer_attributes(partition), metadata.offset)
+        attributes = self._told(self._of_answer(partition), metadata.offset)
         if self.claim():
             self._finish(attributes, ended, partition, 1)
 
@@ -124,16 +124,20 @@ class Delivery(Answered):
         partition = self._partition
         known = self.facts.told_later
         if partition is not None:
-            known = {**known, MESSAGING_DESTINATION_PARTITION_ID: str(partition)}
-            if not at_once and _client.is_answer(error):
-                known = self._answer_attributes(partition)
+            is_answer = not at_once and _client.is_answer(error)
+            known = (self._of_answer if is_answer else self._of_partition)(partition)
         self._finish(self._told(known), ended, partition, 1)
 
     def _told(self, known: Attributes, offset: int | None = None) -> Attributes:
         """What the span says at its end: what is known, and of the message."""
         return add_message({**known}, offset, self._key, self._size, sized=self._sized)
 
-    def _answer_attributes(self, partition: int) -> Attributes:
+    def _of_partition(self, partition: int) -> Attributes:
+        """What is known of all messages to a partition."""
+        of_partition = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
+        return {**self.facts.told_later, **of_partition}
+
+    def _of_answer(self, partition: int) -> Attributes:
         """What is known of all messages that a partition's leader has answered."""
         client, topic = self._client, self.facts.topic
         try:
@@ -146,15 +150,13 @@ class Delivery(Answered):
                 leader = None if topic is None else client.leader(topic, partition)
                 cluster_id = None if is_told else client.cluster_id
                 known = client.answers[key] = {
-                    **self.facts.told_later,
+                    **self._of_partition(partition),
                     **client_attributes(None, cluster_id),
-                    MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition),
                     **peer_attributes(leader if leader and leader.is_ip else None),
                 }
         except Exception:
             report("read the metadata of a producer")
-            of_partition = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
-            return {**self.facts.told_later, **of_partition}
+            return self._of_partition(partition)
         return known
 
     def abandon(self, ended: int) -> None:

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 from kafka import TopicPartition
+from kafka.errors import KafkaError
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Link, StatusCode
@@ -62,6 +64,21 @@ def send_each(producer: Any, topic: str, keys: Iterable[str]) -> dict[str, Any]:
         except Exception as error:
             sent[key] = error
     return sent
+
+
+def send_until_one_arrives(producer: Any, topic: str, sent: dict[str, Any]) -> str:
+    """Send one message after the other until one is delivered, and return its key."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        (key,) = one = send_each(producer, topic, [f"single-{len(sent)}"])
+        sent |= one
+        try:
+            if not isinstance(one[key], BaseException):
+                one[key].get(DEADLINE)
+                return key
+        except KafkaError:
+            continue
+    pytest.fail("no message arrives")
 
 
 def held_records(clients: Clients, topic: str) -> list[Any]:

@@ -22,12 +22,14 @@ from apache_broker import ApacheBroker, Node
 from clients import DEADLINE, Clients, poll_records
 from conftest import Instrument
 from deliveries import (
+    Outcomes,
     assert_failed,
     assert_the_truth,
     carried,
     held_records,
     ids,
     send_each,
+    send_until_one_arrives,
     until_all_have_ended,
 )
 from pages import error_types
@@ -105,25 +107,28 @@ def keys(name: str) -> list[str]:
     return [f"{name}-{number}" for number in range(MANY)]
 
 
-def send_until_one_arrives(producer: Any, topic: str, sent: dict[str, Any]) -> str:
-    """Send one message after the other until one is delivered, and return its key."""
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline:
-        (key,) = one = send_each(producer, topic, [f"single-{len(sent)}"])
-        sent |= one
-        try:
-            if not isinstance(one[key], BaseException):
-                one[key].get(DEADLINE)
-                return key
-        except kafka.errors.KafkaError:
-            continue
-    pytest.fail("no message arrives")
-
-
 def read_one(consumer: Any) -> None:
     consumer.count = 1
     for _ in consumer:
         pass
+
+
+def begin(clients: Clients, **config: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """A producer, a consumer that has read its first message, and what was sent."""
+    producer, consumer = clients.producer(**config), clients.finite(1)
+    sent: dict[str, Any] = {}
+    send_until_one_arrives(producer, clients.topic, sent)
+    read_one(consumer)
+    return producer, consumer, sent
+
+
+def settle(
+    clients: Clients, recorder: Recorder, sent: dict[str, Any]
+) -> tuple[Outcomes, list[Any]]:
+    """What has become of all messages, and what the broker holds of them."""
+    until_all_have_ended(recorder)
+    records = held_records(clients, clients.topic)
+    return assert_the_truth(recorder, clients.topic, sent, records), records
 
 
 def assert_goes_on_to_process(
@@ -157,20 +162,14 @@ def test_killed_and_back_too_late_what_was_not_acknowledged_has_failed(
     recorder: Recorder,
     topic: str,
 ) -> None:
-    producer = own_clients.producer(**IMPATIENT)
-    consumer = own_clients.finite(1)
-    sent: dict[str, Any] = {}
-    send_until_one_arrives(producer, topic, sent)
-    read_one(consumer)
+    producer, consumer, sent = begin(own_clients, **IMPATIENT)
     sent |= send_each(producer, topic, keys("before"))
     with killed(node):
         lost = send_each(producer, topic, keys("after"))
         until_all_have_ended(recorder)
     sent |= lost
     again = send_until_one_arrives(producer, topic, sent)
-    until_all_have_ended(recorder)
-    records = held_records(own_clients, topic)
-    outcomes = assert_the_truth(recorder, topic, sent, records)
+    outcomes, records = settle(own_clients, recorder, sent)
     assert lost.keys() <= outcomes.failed.keys()
     assert again in outcomes.delivered
     assert_goes_on_to_process(consumer, recorder, topic, records)
@@ -184,17 +183,11 @@ def test_killed_and_back_in_time_every_message_arrives_once(
     recorder: Recorder,
     topic: str,
 ) -> None:
-    producer = own_clients.producer(**EXACTLY_ONCE)
-    consumer = own_clients.finite(1)
-    sent: dict[str, Any] = {}
-    send_until_one_arrives(producer, topic, sent)
-    read_one(consumer)
+    producer, consumer, sent = begin(own_clients, **EXACTLY_ONCE)
     sent |= send_each(producer, topic, keys("before"))
     with killed(node):
         sent |= send_each(producer, topic, keys("after"))
-    until_all_have_ended(recorder)
-    records = held_records(own_clients, topic)
-    outcomes = assert_the_truth(recorder, topic, sent, records)
+    outcomes, records = settle(own_clients, recorder, sent)
     assert outcomes.delivered == sent.keys()
     assert len(records) == len(sent)
     assert_goes_on_to_process(consumer, recorder, topic, records)
@@ -208,19 +201,13 @@ def test_frozen_and_thawed_in_time_every_span_lasts_until_then(
     recorder: Recorder,
     topic: str,
 ) -> None:
-    producer = own_clients.producer(**EXACTLY_ONCE)
-    consumer = own_clients.finite(1)
-    sent: dict[str, Any] = {}
-    send_until_one_arrives(producer, topic, sent)
-    read_one(consumer)
+    producer, consumer, sent = begin(own_clients, **EXACTLY_ONCE)
     sent |= send_each(producer, topic, keys("before"))
     with frozen(node):
         waiting = send_each(producer, topic, keys("after"))
         thawed = time.time_ns()
     sent |= waiting
-    until_all_have_ended(recorder)
-    records = held_records(own_clients, topic)
-    outcomes = assert_the_truth(recorder, topic, sent, records)
+    outcomes, records = settle(own_clients, recorder, sent)
     assert outcomes.delivered == sent.keys()
     assert len(records) == len(sent)
     for span in recorder.named(f"send {topic}"):
@@ -237,11 +224,7 @@ def test_frozen_for_too_long_what_has_failed_may_yet_be_written(
     recorder: Recorder,
     topic: str,
 ) -> None:
-    producer = own_clients.producer(**IMPATIENT)
-    consumer = own_clients.finite(1)
-    sent: dict[str, Any] = {}
-    send_until_one_arrives(producer, topic, sent)
-    read_one(consumer)
+    producer, consumer, sent = begin(own_clients, **IMPATIENT)
     deadline = time.monotonic() + DEADLINE
     written: set[str] = set()
     lost: dict[str, Any] = {}
@@ -343,9 +326,7 @@ def test_metadata_that_does_not_come_of_a_frozen_broker_is_what_send_raises(
     with frozen(node):
         sent = assert_raises_as_without(instrument, producer, topic)
     arrived = send_until_one_arrives(producer, topic, sent)
-    until_all_have_ended(recorder)
-    records = held_records(own_clients, topic)
-    outcomes = assert_the_truth(recorder, topic, sent, records)
+    outcomes, _ = settle(own_clients, recorder, sent)
     assert "traced" in outcomes.raised
     assert outcomes.errors == {"KafkaTimeoutError"}
     assert outcomes.delivered == {arrived}

@@ -29,6 +29,7 @@ from deliveries import (
     held_records,
     ids,
     send_each,
+    send_until_one_arrives,
     until_all_have_ended,
 )
 from pages import error_types
@@ -104,22 +105,6 @@ def send_first(producer: Any, topic: str, count: int = 10) -> dict[str, Any]:
     sent = send_some(producer, topic, 0, count)
     producer.flush()
     return sent
-
-
-def send_until_one_arrives(
-    producer: Any, topic: str, first: int, recorder: Recorder
-) -> dict[str, Any]:
-    """Send messages one by one, as a producer with short time-outs may have to."""
-    sent: dict[str, Any] = {}
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        number = first + len(sent)
-        sent |= send_some(producer, topic, number, 1)
-        until_all_have_ended(recorder)
-        last = sent[str(number)]
-        if not isinstance(last, Exception) and last.succeeded():
-            return sent
-        assert time.monotonic() < deadline
 
 
 def outcomes_of(
@@ -247,11 +232,12 @@ def test_what_is_not_answered_in_time_fails_until_the_network_is_healed(
     until_all_have_ended(recorder)
     network.heal()
     sent |= lost
-    sent |= send_until_one_arrives(producer, topic, 510, recorder)
+    last = send_until_one_arrives(producer, topic, sent)
+    until_all_have_ended(recorder)
     records = held_records(clients, topic)
     outcomes = outcomes_of(sent, clients, recorder, records)
     assert lost.keys() <= outcomes.failed.keys()
-    assert list(sent)[-1] in outcomes.delivered
+    assert last in outcomes.delivered
     # What has failed is there all the same if it is the answer that was lost.
     written = lost.keys() & {record.key.decode() for record in records}
     assert bool(written) == (way is swallow_answers)
@@ -270,10 +256,12 @@ def test_a_send_that_cannot_learn_of_its_topic_raises_until_the_network_is_heale
     way(network)
     refused = send_some(producer, topic, 0, 1)
     network.heal()
-    sent = refused | send_until_one_arrives(producer, topic, 1, recorder)
+    sent = dict(refused)
+    last = send_until_one_arrives(producer, topic, sent)
+    until_all_have_ended(recorder)
     outcomes = outcomes_of(sent, clients, recorder, held_records(clients, topic))
     assert refused.keys() <= outcomes.raised.keys()
-    assert outcomes.delivered == {list(sent)[-1]}
+    assert outcomes.delivered == {last}
 
 
 def narrow(network: Toxiproxy) -> None:

@@ -433,9 +433,8 @@ def test_a_propagator_that_raises_harms_nobody(
     records = poll_records(clients.consumer(), 3)
     assert [record.headers for record in records] == [[("x-b3-traceid", b"1")]] * 3
     assert [message.split(";")[0] for message in log.take()] == [
-        "Failed to read the context of a message that is sent",
+        "Failed to extract a context from headers",
         "Failed to inject the context into a message",
-        "Failed to extract the context of a record",
     ]
     assert KafkaPythonInstrumentor().is_instrumented_by_opentelemetry
 

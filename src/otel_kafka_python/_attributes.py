@@ -97,8 +97,6 @@ def add_message(
     offset: int | None,
     key: str | None = None,
     size: object = None,
-    *,
-    sized: bool = False,
 ) -> Attributes:
     """Add what belongs to one message: to a span of one, to a link of a batch.
 
@@ -106,8 +104,7 @@ def add_message(
         attributes: What it is added to, and what is returned.
         offset: The offset, if there is one.
         key: The text of the key, if it has one that is recorded.
-        size: The size of the value in bytes, -1 of a tombstone, if it is known.
-        sized: Whether the size is recorded.
+        size: The size of the value in bytes, if it is recorded; -1 of a tombstone.
     """
     if offset is not None and offset >= 0:
         attributes[MESSAGING_KAFKA_OFFSET] = offset
@@ -115,7 +112,7 @@ def add_message(
         attributes[MESSAGING_KAFKA_MESSAGE_KEY] = key
     if size == -1:
         attributes[MESSAGING_KAFKA_MESSAGE_TOMBSTONE] = True
-    elif sized and isinstance(size, int) and size >= 0:
+    elif size is not None and isinstance(size, int) and size >= 0:
         attributes[MESSAGING_MESSAGE_BODY_SIZE] = size
     return attributes
 

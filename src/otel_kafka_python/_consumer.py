@@ -13,7 +13,6 @@ from otel_kafka_python._client import Client, is_inner_poll
 from otel_kafka_python._messages import (
     Record,
     account_for,
-    creation_context_of,
     describe,
     links_to,
     shared,
@@ -32,6 +31,7 @@ from otel_kafka_python._processing import (
     process,
     release,
 )
+from otel_kafka_python._propagation import creation_context
 from otel_kafka_python._safety import call_hook, report
 
 Wrapped = Callable[..., Any]
@@ -227,7 +227,7 @@ class ConsumerWrappers:
         if config.receive_spans:
             attributes = {**facts.attributes}
             describe(config, record, attributes)
-            links = links_to(creation_context_of(record))
+            links = links_to(creation_context(record.headers))
             span = telemetry.start_span(
                 facts, SpanKind.CLIENT, started, attributes, links=links
             )
@@ -274,21 +274,22 @@ class ConsumerIterator(ScopedIterator):
             self._next = plain.__next__
 
     def _advance(self) -> Record:
-        if self._client.held is not None:
-            release(self._client)
+        client = self._client
+        if client.held is not None:
+            release(client)
         self._started = time.time_ns()
-        self._client.advancing = "iteration"
+        client.advancing = "iteration"
         try:
             return self._next()
         except StopIteration:
             raise
         except BaseException as error:
             # Up to 2.0 there is an iteration without a poll inside.
-            if self._client.advancing is not None:
-                self._wrappers.fail(self._consumer, self._client, self._started, error)
+            if client.advancing is not None:
+                self._wrappers.fail(self._consumer, client, self._started, error)
             raise
         finally:
-            self._client.advancing = None
+            client.advancing = None
             del self  # as in `__next__`
 
     def __getattr__(self, name: str) -> Any:
@@ -314,5 +315,5 @@ class ConsumerIterator(ScopedIterator):
         if scope is not None and scope.facts.duration is None:
             return  # nor is there a counter
         facts = telemetry.facts(client, POLL, record.topic, record.partition)
-        if facts is not None:
+        if facts is not None and facts.messages is not None:
             count_records(facts, [record], None if scope is None else scope.span)

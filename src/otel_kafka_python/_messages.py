@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext
 
 from otel_kafka_python._attributes import (
@@ -16,13 +15,7 @@ from otel_kafka_python._attributes import (
     partition_id,
 )
 from otel_kafka_python._config import Config
-from otel_kafka_python._propagation import (
-    EMPTY,
-    creation_context,
-    extract,
-    is_propagated,
-)
-from otel_kafka_python._safety import report
+from otel_kafka_python._propagation import creation_context, is_propagated
 from otel_kafka_python._semconv import (
     MESSAGING_BATCH_MESSAGE_COUNT,
     MESSAGING_DESTINATION_NAME,
@@ -67,13 +60,13 @@ def account_for(
     attributes[MESSAGING_BATCH_MESSAGE_COUNT] = len(records)
     if len(records) == 1:
         describe(config, records[0], attributes)
-        return links_to(creation_context_of(records[0]))
+        return links_to(creation_context(records[0].headers))
     links: list[Link] = []
     # Of too many links the SDK keeps the newest: only those are built.
     for record in reversed(records):
         if len(links) >= config.link_limit:
             break
-        created = creation_context_of(record)
+        created = creation_context(record.headers)
         if created is None:
             continue
         about: Attributes = {}
@@ -90,8 +83,10 @@ def account_for(
 def describe(config: Config, record: Record, attributes: Attributes) -> None:
     """Add what belongs to one message, to a span of one or to a link of a batch."""
     key = message_key(record.key) if config.capture_message_key else None
-    size, sized = record.serialized_value_size, config.capture_message_size
-    add_message(attributes, record.offset, key, size, sized=sized)
+    size = record.serialized_value_size
+    if size != -1 and not config.capture_message_size:
+        size = None
+    add_message(attributes, record.offset, key, size)
     if config.capture_headers:
         attributes.update(captured_headers(config, record.headers))
 
@@ -106,21 +101,3 @@ def captured_headers(config: Config, headers: Any) -> Attributes:
     return header_attributes(
         headers, lambda name: not is_propagated(name) and config.captures(name)
     )
-
-
-def creation_context_of(record: Record) -> SpanContext | None:
-    """The creation context that a record carries, if it does."""
-    try:
-        return creation_context(record.headers)
-    except Exception:
-        report("extract the context of a record")
-        return None
-
-
-def context_of(record: Record) -> tuple[Context, SpanContext | None]:
-    """The context that a record carries, and its creation context if it has one."""
-    try:
-        return extract(record.headers)
-    except Exception:
-        report("extract the context of a record")
-        return EMPTY, None

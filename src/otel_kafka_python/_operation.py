@@ -52,6 +52,7 @@ from otel_kafka_python._semconv import (
     MESSAGING_CONSUMER_GROUP_NAME,
     MESSAGING_DESTINATION_NAME,
     MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_KAFKA_CLUSTER_ID,
     MESSAGING_OPERATION_TYPE,
     OUTCOME_UNKNOWN,
     SCHEMA_URL,
@@ -94,6 +95,7 @@ class Facts:
     exceptions: Exceptions
     # Of its exceptions: the type of the operation, or what comes nearest to it.
     event_type: str
+    tells_cluster: bool  # whether the attributes at a span's creation do
     propagates: bool  # whether the messages that are sent carry a context
     queue_time: Histogram | None = None
     by_partition: dict[int | None, tuple[Attributes, Tally | None]] = field(
@@ -261,6 +263,7 @@ class Telemetry:
             messages,
             self._exceptions,
             kind.type or "settle",
+            MESSAGING_KAFKA_CLUSTER_ID in attributes,
             self.config.propagation and client.sends_headers and has_propagators(),
             queue_time,
         )
@@ -313,6 +316,7 @@ class Operation:
     __slots__ = (
         "_process",
         "_unclaimed",
+        "ended",
         "error_type",
         "facts",
         "span",
@@ -324,6 +328,8 @@ class Operation:
         self.span = span
         self.started = started
         self._unclaimed = True
+        # Whether somebody has ended it, or is about to.
+        self.ended = False
         self.error_type: str | None = None
         self._process = _process
 
@@ -350,11 +356,6 @@ class Operation:
         except Exception:
             report("record an error")
 
-    @property
-    def ended(self) -> bool:
-        """Whether somebody has ended it, or is about to."""
-        return not hasattr(self, "_unclaimed")
-
     def claim(self) -> bool:
         """Whether nobody has ended it; the caller has to."""
         # To delete it is one step, which two threads cannot both take.
@@ -362,6 +363,7 @@ class Operation:
             del self._unclaimed
         except AttributeError:
             return False
+        self.ended = True
         # After a fork the child has copies of what the parent has started, and
         # the parent ends them.
         return self._process is _process
@@ -374,7 +376,6 @@ class Operation:
         measured: bool = True,
         partition: int | None = None,
         messages: int = 0,
-        claimed: bool = False,
     ) -> None:
         """End the span, measure the duration and count the messages, once.
 
@@ -384,12 +385,23 @@ class Operation:
             measured: False if the duration belongs to an operation around it.
             partition: The partition, if it was not known in advance.
             messages: How many messages to count.
-            claimed: Whether the caller has the claim to end it.
         """
-        if not claimed and not self.claim():
-            return
-        # The clock may have been set back.
-        ended = max(time.time_ns() if ended is None else ended, self.started)
+        if self.claim():
+            self._conclude(attributes, ended, partition, messages, measured=measured)
+
+    def _conclude(
+        self,
+        attributes: Mapping[str, Any] | None = None,
+        ended: int | None = None,
+        partition: int | None = None,
+        messages: int = 0,
+        *,
+        measured: bool = True,
+    ) -> None:
+        """End it, as `end` does; the caller has the claim to."""
+        if ended is None:
+            ended = time.time_ns()
+        ended = max(ended, self.started)  # the clock may have been set back
         span = self.span
         if span is not None:
             try:
@@ -400,9 +412,13 @@ class Operation:
                     span.end(ended)
             except Exception:
                 report("end a span")
-        facts = self.facts
-        if facts.duration is None or not measured:
-            return
+        if measured and self.facts.duration is not None:
+            self._measure(self.facts.duration, ended, partition, messages)
+
+    def _measure(
+        self, duration: Histogram, ended: int, partition: int | None, messages: int
+    ) -> None:
+        facts, span = self.facts, self.span
         try:
             attributes, tally = facts.metrics(partition)
             if self.error_type is not None:
@@ -414,7 +430,7 @@ class Operation:
                 tally.count(messages)
             context = None if span is None else Context({SPAN_KEY: span})
             seconds = (ended - self.started) / 1e9
-            facts.duration.record(seconds, attributes, context)
+            duration.record(seconds, attributes, context)
         except Exception:
             report("record a metric")
 
@@ -473,14 +489,8 @@ class Answered(Operation):
         partition: int | None = None,
         messages: int = 0,
     ) -> None:
-        """End it; the caller has the claim to."""
-        self.end(
-            attributes,
-            ended=ended,
-            partition=partition,
-            messages=messages,
-            claimed=True,
-        )
+        """End it and let the span go; the caller has the claim to."""
+        self._conclude(attributes, ended, partition, messages)
         # Up to 2.1 a future keeps its callbacks, and the application may keep it.
         self.span = None
 
@@ -491,7 +501,8 @@ class Answered(Operation):
             self._finish({}, ended)
 
     def __del__(self) -> None:
-        leave_behind(self)
+        if not self.ended:
+            leave_behind(self)
 
 
 def count_records(

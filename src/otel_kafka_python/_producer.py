@@ -27,7 +27,7 @@ from otel_kafka_python._attributes import (
     peer_attributes,
 )
 from otel_kafka_python._client import Client
-from otel_kafka_python._config import ProduceHook
+from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
@@ -43,10 +43,7 @@ from otel_kafka_python._propagation import (
     may_carry_context,
 )
 from otel_kafka_python._safety import call_hook, report
-from otel_kafka_python._semconv import (
-    MESSAGING_DESTINATION_PARTITION_ID,
-    MESSAGING_KAFKA_CLUSTER_ID,
-)
+from otel_kafka_python._semconv import MESSAGING_DESTINATION_PARTITION_ID
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -66,7 +63,7 @@ class Delivery(Answered):
         key: The message's key, if its span is yet to have it.
     """
 
-    __slots__ = ("_client", "_key", "_partition", "_size", "_sized")
+    __slots__ = ("_client", "_key", "_partition", "_size")
 
     def __init__(
         self,
@@ -79,20 +76,20 @@ class Delivery(Answered):
         super().__init__(facts, span, started)
         self._client = client
         self._key = None if key is None else message_key(key)
-        self._partition: int | None = None
+        self._partition: Any = None
         self._size: int | None = None
-        self._sized = False
 
-    def follow(self, future: Any, *, sized: bool) -> None:
+    def follow(self, future: Any, config: Config) -> None:
         """Wait for the outcome; it may be there already.
 
         Args:
             future: What the call has returned.
-            sized: Whether the span says how large the message's value is.
+            config: The settings.
         """
         try:
-            self._partition, self._size, error = _client.pending(future)
-            self._sized = sized
+            self._partition, size, error = _client.pending(future)
+            if size == -1 or config.capture_message_size:
+                self._size = size
             if error is None:
                 _client.when_done(future, self)
             else:
@@ -111,7 +108,8 @@ class Delivery(Answered):
 
     def _succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
-        attributes = self._told(self._of_answer(partition), metadata.offset)
+        known = self._of_answer(partition)
+        attributes = add_message({**known}, metadata.offset, self._key, self._size)
         if self.claim():
             self._finish(attributes, ended, partition, 1)
 
@@ -121,16 +119,17 @@ class Delivery(Answered):
         if not self.claim():
             return
         self.fail(error)
-        partition = self._partition
+        # In a send that was refused it may be anything.
+        partition = self._partition if isinstance(self._partition, int) else None
         known = self.facts.told_later
         if partition is not None:
             is_answer = not at_once and _client.is_answer(error)
             known = (self._of_answer if is_answer else self._of_partition)(partition)
         self._finish(self._told(known), ended, partition, 1)
 
-    def _told(self, known: Attributes, offset: int | None = None) -> Attributes:
-        """What the span says at its end: what is known, and of the message."""
-        return add_message({**known}, offset, self._key, self._size, sized=self._sized)
+    def _told(self, known: Attributes) -> Attributes:
+        """What the span of a failure says: what is known, and of the message."""
+        return add_message({**known}, None, self._key, self._size)
 
     def _of_partition(self, partition: int) -> Attributes:
         """What is known of all messages to a partition."""
@@ -139,24 +138,27 @@ class Delivery(Answered):
 
     def _of_answer(self, partition: int) -> Attributes:
         """What is known of all messages that a partition's leader has answered."""
+        client, facts = self._client, self.facts
+        client.refresh()  # the leader may have changed on the way
+        key = facts.topic, partition, facts.tells_cluster
+        known: Attributes | None = client.answers.get(key)
+        if known is None:
+            known = client.answers[key] = self._learn(partition)
+        return known
+
+    def _learn(self, partition: int) -> Attributes:
+        """What the metadata says of all messages that a leader has answered."""
+        known = self._of_partition(partition)
         client, topic = self._client, self.facts.topic
         try:
-            client.refresh()  # the leader may have changed on the way
             # The cluster may not have been known when it was sent.
-            is_told = MESSAGING_KAFKA_CLUSTER_ID in self.facts.attributes
-            key = topic, partition, is_told
-            known: Attributes | None = client.answers.get(key)
-            if known is None:
-                leader = None if topic is None else client.leader(topic, partition)
-                cluster_id = None if is_told else client.cluster_id
-                known = client.answers[key] = {
-                    **self._of_partition(partition),
-                    **client_attributes(None, cluster_id),
-                    **peer_attributes(leader if leader and leader.is_ip else None),
-                }
+            if not self.facts.tells_cluster:
+                known.update(client_attributes(None, client.cluster_id))
+            leader = None if topic is None else client.leader(topic, partition)
+            if leader is not None and leader.is_ip:
+                known.update(peer_attributes(leader))
         except Exception:
             report("read the metadata of a producer")
-            return self._of_partition(partition)
         return known
 
     def abandon(self, ended: int) -> None:
@@ -228,7 +230,7 @@ class ProducerWrappers:
                 delivery.raised(error)
             raise
         if delivery is not None:
-            delivery.follow(future, sized=self._telemetry.config.capture_message_size)
+            delivery.follow(future, self._telemetry.config)
         return future
 
     def add_callback(
@@ -259,9 +261,13 @@ class ProducerWrappers:
     ) -> tuple[Delivery | None, Args, Kwargs]:
         """The operation that a call begins, if its end tells anything, and the call."""
         telemetry = self._telemetry
-        config, context = telemetry.config, get_current()
-        topic, key, headers, partition = _client.send_arguments(args, kwargs)
-        # A topic that is missing is for kafka-python to complain of.
+        config, hook = telemetry.config, telemetry.config.produce_hook
+        context = get_current()
+        # What makes no sense, and a topic that is missing, kafka-python complains of.
+        try:
+            topic, key, headers, partition = _client.send_arguments(*args, **kwargs)
+        except TypeError:
+            return None, args, kwargs
         if topic is None or not telemetry.is_enabled(context):
             return None, args, kwargs
         end_abandoned()
@@ -280,21 +286,24 @@ class ProducerWrappers:
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                self._attributes(facts, key, headers),
+                (
+                    self._attributes(facts, key, headers)
+                    if config.capture_headers or hook
+                    else {**facts.attributes}
+                ),
                 context,
                 () if kept is None else (Link(kept),),
             )
         # An end that nobody would know of needs no callback.
         if facts.is_end_wanted(span):
-            told_later = key if config.produce_hook is None else None
+            told_later = key if hook is None else None
             delivery = Delivery(facts, span, started, client, told_later)
-        if span is not None:
-            if config.produce_hook is not None:
-                self._call_hook(config.produce_hook, span, delivery, args, kwargs)
-                headers = _client.argument(args, kwargs, _HEADERS, "headers")
-            # Without an SDK there is mostly nothing to inject: saves 2 µs.
-            if span is INVALID_SPAN:
-                span = None
+        if hook is not None and span is not None:
+            self._call_hook(hook, span, delivery, args, kwargs)
+            headers = _client.argument(args, kwargs, _HEADERS, "headers")
+        # Without an SDK there is mostly nothing to inject: saves 2 µs.
+        if span is INVALID_SPAN:
+            span = None
         if propagates and (context or span is not None):
             args, kwargs = _with_context(args, kwargs, headers, context, span)
         return delivery, args, kwargs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from opentelemetry import baggage, propagate
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
@@ -22,6 +23,8 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from otel_kafka_python._safety import report
 
 Header = tuple[str, bytes]
 
@@ -41,11 +44,14 @@ _BAGGAGE_PREFIXES = ("uberctx-", "ot-baggage-")
 # not quite as usual is left to the propagators.
 _DEFAULT_PROPAGATORS = [TraceContextTextMapPropagator, W3CBaggagePropagator]
 _TRACEPARENT = "traceparent"
-_USUAL = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_USUAL = re.compile(
+    rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+)
 _FLAGS = {f"{flags:02x}".encode(): TraceFlags(flags) for flags in range(256)}
 
 
-class _Known(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Known:
     """What is known of the configured propagators; they are slow to ask."""
 
     propagator: TextMapPropagator | None
@@ -103,20 +109,23 @@ def extract(headers: Any) -> tuple[Context, SpanContext | None]:
     """
     if not headers:
         return EMPTY, None
-    # A dict keeps the last value of a name.
-    carrier = dict(headers)
-    created = _read_usual(carrier)
-    if created is not None:
-        return Context({SPAN_KEY: NonRecordingSpan(created)}), created
-    context = propagate.extract(carrier, Context(), getter=_GETTER)
-    found = get_current_span(context).get_span_context()
+    try:
+        # A dict keeps the last value of a name.
+        carrier = dict(headers)
+        created = _read_usual(carrier)
+        if created is not None:
+            return Context({SPAN_KEY: NonRecordingSpan(created)}), created
+        context = propagate.extract(carrier, Context(), getter=_GETTER)
+        found = get_current_span(context).get_span_context()
+    except Exception:
+        report("extract a context from headers")
+        return EMPTY, None
     return context, found if found.is_valid else None
 
 
 def creation_context(headers: Any) -> SpanContext | None:
     """The message's creation context, if the headers of a record carry one."""
-    created = _read_usual(dict(headers)) if headers else None
-    return created or extract(headers)[1]
+    return extract(headers)[1]
 
 
 def _read_usual(carrier: Mapping[str, Any]) -> SpanContext | None:
@@ -129,8 +138,7 @@ def _read_usual(carrier: Mapping[str, Any]) -> SpanContext | None:
         return None
     trace_id, span_id, flags = usual.groups()
     is_remote = True
-    created = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, _FLAGS[flags])
-    return created if created.is_valid else None
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, _FLAGS[flags])
 
 
 def has_propagators() -> bool:
@@ -189,13 +197,12 @@ def _write_usual(context: Context, span: Span | None) -> list[Header] | None:
     """What the default propagators make of a span, if there is nothing else."""
     if span is None or not _propagators().are_default:
         return None
-    created = span.get_span_context()
-    if not created.is_valid or created.trace_state:
+    # By its fields, not by its properties: saves 0.2 µs.
+    trace_id, span_id, _, flags, state, is_valid = span.get_span_context()
+    if not is_valid or state or (context and baggage.get_all(context)):
         return None
-    if context and baggage.get_all(context):
-        return None
-    ids = f"{created.trace_id:032x}-{created.span_id:016x}-{created.trace_flags:02x}"
-    return [(_TRACEPARENT, f"00-{ids}".encode())]
+    # As an f-string that is encoded: 0.3 µs more.
+    return [(_TRACEPARENT, b"00-%032x-%016x-%02x" % (trace_id, span_id, flags))]
 
 
 def is_propagated(name: str) -> bool:

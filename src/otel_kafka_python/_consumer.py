@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.context import get_current
@@ -11,14 +11,15 @@ from opentelemetry.trace import SpanKind
 
 from otel_kafka_python._client import Client, is_inner_poll
 from otel_kafka_python._messages import (
+    Links,
     Record,
     account_for,
     describe,
-    links_to,
     shared,
 )
 from otel_kafka_python._operation import (
     POLL,
+    Facts,
     Operation,
     Telemetry,
     count_records,
@@ -31,7 +32,6 @@ from otel_kafka_python._processing import (
     process,
     release,
 )
-from otel_kafka_python._propagation import creation_context
 from otel_kafka_python._safety import call_hook, report
 
 Wrapped = Callable[..., Any]
@@ -156,13 +156,14 @@ class ConsumerWrappers:
         except Exception:
             report("trace a poll")
 
-    def _traced(self, client: Client, polled: Any) -> dict[Any, Sequence[Record]]:
-        """What a poll returned, without the excluded topics."""
-        return {
-            partition: records
+    def _traced(self, client: Client, polled: Any) -> dict[Any, Facts]:
+        """What is known of the partitions that a poll returned, but excluded topics."""
+        facts = {
+            partition: self.telemetry.facts(client, POLL, *partition)
             for partition, records in polled.items()
-            if records and self.telemetry.facts(client, POLL, *partition) is not None
+            if records
         }
+        return {each: known for each, known in facts.items() if known is not None}
 
     def _measure(self, client: Client, started: int, polled: Any) -> None:
         """Measure the poll that iteration makes inside itself.
@@ -192,7 +193,7 @@ class ConsumerWrappers:
             attributes = {**facts.attributes}
             links = account_for(
                 telemetry.config,
-                [record for batch in traced.values() for record in batch],
+                [record for each in traced for record in polled[each]],
                 topic,
                 partition,
                 attributes,
@@ -201,11 +202,9 @@ class ConsumerWrappers:
                 facts, SpanKind.CLIENT, started, attributes, links=links
             )
         Operation(facts, span, started).end(ended=ended)
-        for each, batch in traced.items():
-            of_partition = telemetry.facts(client, POLL, *each)
-            if of_partition is not None:
-                count_records(of_partition, batch, span)
-            polled[each] = Records(batch, telemetry, client)
+        for each, of_partition in traced.items():
+            count_records(of_partition, polled[each], span)
+            polled[each] = Records(polled[each], telemetry, client)
 
     def receive_one(
         self, client: Client, started: int, record: Record, *, measured: bool
@@ -227,7 +226,7 @@ class ConsumerWrappers:
         if config.receive_spans:
             attributes = {**facts.attributes}
             describe(config, record, attributes)
-            links = links_to(creation_context(record.headers))
+            links = Links(config, [record], record.topic, record.partition)
             span = telemetry.start_span(
                 facts, SpanKind.CLIENT, started, attributes, links=links
             )

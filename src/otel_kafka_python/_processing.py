@@ -401,9 +401,10 @@ def open_scope(
         scope.enter(Processed(records, (), base), base, base)
         return scope
     attributes = {**facts.attributes}
+    links: Sequence[Link]
     if batch:
         context = base
-        links = account_for(config, records, topic, partition, attributes)
+        links = tuple(account_for(config, records, topic, partition, attributes))
     else:
         describe(config, record, attributes)
         if config.capture_queue_time:

@@ -125,7 +125,15 @@ def extract(headers: Any) -> tuple[Context, SpanContext | None]:
 
 def creation_context(headers: Any) -> SpanContext | None:
     """The message's creation context, if the headers of a record carry one."""
-    return extract(headers)[1]
+    if not headers:
+        return None
+    try:
+        # Without a context around it: saves 0.3 µs.
+        created = _read_usual(dict(headers))
+    except Exception:
+        report("extract a context from headers")
+        return None
+    return created or extract(headers)[1]
 
 
 def _read_usual(carrier: Mapping[str, Any]) -> SpanContext | None:

@@ -311,8 +311,8 @@ class ConsumerIterator(ScopedIterator):
                 self._scope = process(telemetry, client, record, current)
             return
         scope = self._scope = process(telemetry, client, record, current)
-        if scope is not None and scope.facts.duration is None:
-            return  # nor is there a counter
+        if not telemetry.measures:
+            return
         facts = telemetry.facts(client, POLL, record.topic, record.partition)
-        if facts is not None and facts.messages is not None:
+        if facts is not None:
             count_records(facts, [record], None if scope is None else scope.span)

@@ -97,6 +97,7 @@ class Facts:
     event_type: str
     tells_cluster: bool  # whether the attributes at a span's creation do
     propagates: bool  # whether the messages that are sent carry a context
+    is_told_anyway: bool  # whether its end is told of where no span is recorded
     queue_time: Histogram | None = None
     by_partition: dict[int | None, tuple[Attributes, Tally | None]] = field(
         default_factory=dict
@@ -121,13 +122,13 @@ class Facts:
 
     def is_end_wanted(self, span: Span | None) -> bool:
         """Whether anybody would know of the end of an operation with this span."""
+        if span is None or self.is_told_anyway:
+            return self.is_told_anyway
         try:
-            if span is not None and span.is_recording():
-                return True
+            return span.is_recording()
         except Exception:
             report("ask whether a span is recorded")
             return True
-        return self.duration is not None or self.exceptions.are_logged
 
 
 class Telemetry:
@@ -150,6 +151,8 @@ class Telemetry:
         self.config = config
         self.clients = Clients()
         self.active = True
+        # Whether anything is measured, as far as is known from what was done.
+        self.measures = False
         self._metrics = Metrics(
             meter_provider, self._living if config.client_metrics else None
         )
@@ -242,6 +245,7 @@ class Telemetry:
         except Exception:
             report("create the instruments")
             instruments = None
+        self.measures = instruments is not None
         if instruments is not None and kind.type:
             duration = instruments.operation_duration
             if kind is PROCESS:
@@ -265,6 +269,7 @@ class Telemetry:
             kind.type or "settle",
             MESSAGING_KAFKA_CLUSTER_ID in attributes,
             self.config.propagation and client.sends_headers and has_propagators(),
+            duration is not None or self._exceptions.are_logged,
             queue_time,
         )
 

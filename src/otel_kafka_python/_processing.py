@@ -420,7 +420,7 @@ def open_scope(
     if (
         span is INVALID_SPAN
         and not (context or config.consume_hook)
-        and not facts.is_end_wanted(span)
+        and not facts.is_told_anyway
     ):
         # Without an SDK there is nothing to make current then: saves half.
         return None

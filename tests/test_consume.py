@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 from opentelemetry import baggage, context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    Decision,
+    Sampler,
+    SamplingResult,
+)
+from opentelemetry.trace import Link, SpanKind, StatusCode, TraceState
+from opentelemetry.util.types import Attributes
 
 from clients import Clients, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import process_span
+from otel_kafka_python import _messages, process_span
 from recorder import Recorder, attributes_of
 
 
@@ -437,6 +445,59 @@ def test_a_subclass_is_traced_once_through_what_it_overrides(
     name = "process" if way == "loop" else "poll"
     assert recorder.names() == [f"{name} {topic}", f"send {topic}"]
     assert recorder.count("messaging.client.consumed.messages") == 1
+
+
+class LinkSampler(Sampler):
+    """Drops all spans, and looks at the links of those that are named."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.seen: list[list[Link]] = []
+
+    def should_sample(
+        self,
+        parent_context: context.Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        if name == self._name and links:
+            assert list(links) == [links[i] for i in range(len(links))]
+            assert list(links) == list(links[:])
+            self.seen.append(list(links))
+        return SamplingResult(Decision.DROP)
+
+    def get_description(self) -> str:
+        return "LinkSampler"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_sampler_sees_the_links_of_a_receive_span(
+    instrument: Instrument, clients: Clients, topic: str, number: int
+) -> None:
+    sampler = LinkSampler(f"poll {topic}")
+    instrument(tracer_provider=TracerProvider(sampler, shutdown_on_exit=False))
+    clients.send(*[b"value"] * number, key=b"key")
+    records = poll_records(clients.consumer(), number)
+    links = [link for seen in sampler.seen for link in seen]
+    assert [f"{link.context.span_id:016x}" for link in links] == [
+        record.headers[0][1].decode().split("-")[2] for record in records
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_no_links_are_made_for_a_receive_span_that_is_not_sampled(
+    instrument: Instrument, clients: Clients, monkeypatch: Any, number: int
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(_messages, "creation_context", made.append)
+    instrument(tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False))
+    clients.send(*[b"value"] * number, key=b"key")
+    poll_records(clients.consumer(), number)
+    assert made == []
 
 
 @pytest.mark.parametrize("how", ["poll", "process"])

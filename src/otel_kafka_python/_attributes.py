@@ -96,7 +96,7 @@ def add_message(
     attributes: Attributes,
     offset: int | None,
     key: str | None = None,
-    size: object = None,
+    size: int | None = None,
 ) -> Attributes:
     """Add what belongs to one message: to a span of one, to a link of a batch.
 
@@ -112,7 +112,7 @@ def add_message(
         attributes[MESSAGING_KAFKA_MESSAGE_KEY] = key
     if size == -1:
         attributes[MESSAGING_KAFKA_MESSAGE_TOMBSTONE] = True
-    elif size is not None and isinstance(size, int) and size >= 0:
+    elif size is not None and size >= 0:
         attributes[MESSAGING_MESSAGE_BODY_SIZE] = size
     return attributes
 

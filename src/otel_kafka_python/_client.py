@@ -77,17 +77,14 @@ class Server(NamedTuple):
 
 @dataclass(slots=True)
 class Client:
-    """What is known of one producer or consumer.
-
-    It holds no reference to the client itself: it is a value of a dictionary
-    that has the client as its weak key.
-    """
+    """What is known of one producer or consumer; it does not keep that alive."""
 
     client_id: str | None = None
     group: str | None = None
     bootstrap: Server | None = None
     sends_headers: bool = True
-    # Gives kafka-python's ClusterMetadata of the client, or None.
+    # Give the producer or consumer, and kafka-python's ClusterMetadata of it, or None.
+    instance: Callable[[], Any] = lambda: None
     cluster: Callable[[], Any] = lambda: None
     refreshed: object = None
     # What others have worked out from these facts and the cluster's metadata;
@@ -101,22 +98,16 @@ class Client:
     # The scope of the record that the last `next` has returned, if it lasts.
     held: Any = None
 
-    def refresh(self) -> bool:
-        """Drop what was derived from metadata that has been refreshed since.
-
-        Returns:
-            Whether it has been.
-        """
+    def refresh(self) -> None:
+        """Drop what was derived from metadata that has been refreshed since."""
         cluster: Any = self.cluster()
         try:
             refreshed = cluster._last_successful_refresh_ms
         except AttributeError:  # there is no cluster, or it keeps no such time
             refreshed = None
-        if refreshed == self.refreshed:
-            return False
-        self.refreshed = refreshed
-        self.derived, self.answers = {}, {}
-        return True
+        if refreshed != self.refreshed:
+            self.refreshed = refreshed
+            self.derived, self.answers = {}, {}
 
     @property
     def cluster_id(self) -> str | None:
@@ -143,20 +134,12 @@ class Clients:
         # By identity, for as long as they live. A WeakKeyDictionary would cost half a
         # microsecond a message.
         self._known: dict[int, Client] = {}
-        self._references: dict[int, weakref.ref[Any]] = {}
 
     def living(self) -> list[tuple[Any, Client]]:
         """All clients that are alive, and their facts."""
         # Other threads may add to them meanwhile: they are copied at once.
-        found = [
-            (reference(), self._known.get(key))
-            for key, reference in list(self._references.items())
-        ]
-        return [
-            (instance, client)
-            for instance, client in found
-            if instance is not None and client is not None
-        ]
+        found = [(client.instance(), client) for client in list(self._known.values())]
+        return [each for each in found if each[0] is not None]
 
     def get(self, instance: Any) -> Client:
         """The facts of a client, up to date with its metadata.
@@ -165,20 +148,17 @@ class Clients:
             instance: A producer, a consumer, or a consumer's coordinator.
         """
         client = self._known.get(id(instance)) or self._meet(instance)
-        if client.refresh():
+        client.refresh()
+        if not client.derived:
             client.sends_headers = _sends_headers(instance)
         return client
 
     def _meet(self, instance: Any) -> Client:
         key = id(instance)
-
-        def forget(_reference: object) -> None:
-            self._known.pop(key, None)
-            self._references.pop(key, None)
-
-        # Called before its memory, and so its identity, can be another's.
-        self._references[key] = weakref.ref(instance, forget)
-        client = self._known[key] = _describe(instance)
+        client = _describe(instance)
+        # Called back before its memory, and so its identity, can be another's.
+        client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))
+        self._known[key] = client
         return client
 
 
@@ -288,19 +268,21 @@ def _adder() -> Callable[[Any, Any, Any], object]:
     return getattr(Future, "_add_cb_eb", add)
 
 
-def pending(future: Any) -> tuple[int | None, int, BaseException | None]:
+def pending(future: Any) -> tuple[Any, int, BaseException | None]:
     """What is known of a message before the broker has acknowledged it.
 
     Args:
         future: What `send` has returned.
 
     Returns:
-        The partition; the size of the serialised value in bytes, -1 if it is null;
-        and the exception of a future that had failed before `send` returned it.
+        The partition, which of a future that had failed before `send` returned it may
+        be anything that the application gave; the size of the serialised value in
+        bytes, -1 if it is null; and the exception of such a future.
     """
     _, partition = future._produce_future.topic_partition
     error = future.exception if future.is_done else None
-    return partition, future.args[4], error
+    failed = isinstance(error, BaseException)
+    return partition, future.args[4], error if failed else None
 
 
 def coordinator_class() -> type | None:

@@ -142,7 +142,7 @@ def describe(config: Config, record: Record, attributes: Attributes) -> None:
     """Add what belongs to one message, to a span of one or to a link of a batch."""
     key = message_key(record.key) if config.capture_message_key else None
     size = record.serialized_value_size
-    if size != -1 and not config.capture_message_size:
+    if size != -1 and not (config.capture_message_size and isinstance(size, int)):
         size = None
     add_message(attributes, record.offset, key, size)
     if config.capture_headers:

@@ -119,7 +119,6 @@ class Delivery(Answered):
         if not self.claim():
             return
         self.fail(error)
-        # In a send that was refused it may be anything.
         partition = self._partition if isinstance(self._partition, int) else None
         known = self.facts.told_later
         if partition is not None:

@@ -17,6 +17,8 @@ from functools import cache
 from types import MethodType
 from typing import Any, NamedTuple
 
+from otel_kafka_python._safety import report
+
 _DEFAULT_PORT = 9092
 
 # Before this version of the broker's protocol records have no headers, and
@@ -142,15 +144,20 @@ class Clients:
         return [each for each in found if each[0] is not None]
 
     def get(self, instance: Any) -> Client:
-        """The facts of a client, up to date with its metadata.
+        """The facts of a client, up to date with its metadata; empty if they fail us.
 
         Args:
             instance: A producer, a consumer, or a consumer's coordinator.
         """
-        client = self._known.get(id(instance)) or self._meet(instance)
-        client.refresh()
-        if not client.derived:
-            client.sends_headers = _sends_headers(instance)
+        try:
+            client = self._known.get(id(instance)) or self._meet(instance)
+            client.refresh()
+            if not client.derived:
+                client.sends_headers = _sends_headers(instance)
+        except Exception:
+            report("read the configuration of a client")
+            # Its broker may be one that would refuse headers.
+            return Client(sends_headers=False)
         return client
 
     def _meet(self, instance: Any) -> Client:

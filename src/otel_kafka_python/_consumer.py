@@ -121,13 +121,13 @@ class ConsumerWrappers:
     def release(self, consumer: Any) -> None:
         """Leave the scope of the record that the last `next` has returned."""
         if self.telemetry.config.processes_next:
-            release(self.telemetry.client(consumer))
+            release(self.telemetry.clients.get(consumer))
 
     def _client_to_trace(self, instance: Any) -> Client | None:
         try:
             if self.telemetry.is_enabled():
                 end_abandoned()
-                return self.telemetry.client(instance)
+                return self.telemetry.clients.get(instance)
         except Exception:
             report("trace a consumer")
         return None
@@ -258,7 +258,7 @@ class ConsumerIterator(ScopedIterator):
         super().__init__()
         self._wrappers = wrappers
         self._consumer = consumer
-        self._client = wrappers.telemetry.client(consumer)
+        self._client = wrappers.telemetry.clients.get(consumer)
         self._started = 0
         layer = wrappers.next_layer
         found = next(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, overload
 
-from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace import Link
 
 from otel_kafka_python._attributes import (
     Attributes,
@@ -116,7 +116,8 @@ class Links(Sequence[Link]):
 
     def _make(self) -> Sequence[Link]:
         if len(self._records) == 1:
-            return links_to(creation_context(self._records[0].headers))
+            created = creation_context(self._records[0].headers)
+            return () if created is None else (Link(created),)
         links: list[Link] = []
         # Of too many links the SDK keeps the newest: only those are made.
         for record in reversed(self._records):
@@ -147,11 +148,6 @@ def describe(config: Config, record: Record, attributes: Attributes) -> None:
     add_message(attributes, record.offset, key, size)
     if config.capture_headers:
         attributes.update(captured_headers(config, record.headers))
-
-
-def links_to(created: SpanContext | None) -> Sequence[Link]:
-    """A link to the creation context of a message, if it has one."""
-    return () if created is None else (Link(created),)
 
 
 def captured_headers(config: Config, headers: Any) -> Attributes:

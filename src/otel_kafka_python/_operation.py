@@ -122,13 +122,12 @@ class Facts:
 
     def is_end_wanted(self, span: Span | None) -> bool:
         """Whether anybody would know of the end of an operation with this span."""
-        if span is None or self.is_told_anyway:
-            return self.is_told_anyway
         try:
-            return span.is_recording()
+            is_recorded = span is not None and span.is_recording()
         except Exception:
             report("ask whether a span is recorded")
             return True
+        return is_recorded or self.is_told_anyway
 
 
 class Telemetry:
@@ -174,15 +173,6 @@ class Telemetry:
         if context is None:
             context = get_current()
         return self.active and (not context or is_instrumentation_enabled())
-
-    def client(self, instance: object) -> Client:
-        """The facts of a producer, consumer or coordinator; empty if they fail us."""
-        try:
-            return self.clients.get(instance)
-        except Exception:
-            report("read the configuration of a client")
-            # Its broker may be one that would refuse headers.
-            return Client(sends_headers=False)
 
     def facts(
         self, client: Client, kind: Kind, topic: Any, partition: Any

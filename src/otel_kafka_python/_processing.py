@@ -35,7 +35,6 @@ from otel_kafka_python._messages import (
     Record,
     account_for,
     describe,
-    links_to,
     shared,
 )
 from otel_kafka_python._operation import (
@@ -411,7 +410,7 @@ def open_scope(
             attributes.update(_queue_time(record, started))
         carried, created = extract(record.headers)
         context = Context({**base, **carried}) if base and carried else base or carried
-        links = links_to(created)
+        links = () if created is None else (Link(created),)
     is_parent_sought = base or config.process_parent == "none"
     parent = _parent(config, base, context) if is_parent_sought else context
     span = telemetry.start_span(
@@ -719,7 +718,9 @@ class ProcessSpan:
             if adopted is not None and adopted.is_entered_here():
                 return adopted, False
         client = (
-            Client() if self._consumer is None else telemetry.client(self._consumer)
+            Client()
+            if self._consumer is None
+            else telemetry.clients.get(self._consumer)
         )
         records = [
             record

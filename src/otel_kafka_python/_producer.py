@@ -270,7 +270,7 @@ class ProducerWrappers:
         if topic is None or not telemetry.is_enabled(context):
             return None, args, kwargs
         end_abandoned()
-        client = telemetry.client(instance)
+        client = telemetry.clients.get(instance)
         facts = telemetry.facts(client, SEND, topic, partition)
         if facts is None:
             return None, args, kwargs

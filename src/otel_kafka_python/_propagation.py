@@ -177,9 +177,18 @@ def inject(headers: Any, context: Context, span: Span | None = None) -> Any:
     """
     if headers is not None and not isinstance(headers, list):
         return headers
-    written = _write_usual(context, span) or _write(
-        context if span is None else set_span_in_context(span, context)
-    )
+    written = None
+    if span is not None and _propagators().are_default:
+        # By its fields, not by its properties: saves 0.2 µs.
+        trace_id, span_id, _, flags, state, is_valid = span.get_span_context()
+        if is_valid and not state and not (context and baggage.get_all(context)):
+            # As an f-string that is encoded: 0.3 µs more.
+            value = b"00-%032x-%016x-%02x" % (trace_id, span_id, flags)
+            written = [(_TRACEPARENT, value)]
+    if written is None:
+        written = _write(
+            context if span is None else set_span_in_context(span, context)
+        )
     if not written:
         return headers
     if headers is None:
@@ -199,18 +208,6 @@ def _write(context: Context) -> list[Header]:
     carrier: dict[str, str] = {}
     propagate.inject(carrier, context)
     return [(name, value.encode()) for name, value in carrier.items()]
-
-
-def _write_usual(context: Context, span: Span | None) -> list[Header] | None:
-    """What the default propagators make of a span, if there is nothing else."""
-    if span is None or not _propagators().are_default:
-        return None
-    # By its fields, not by its properties: saves 0.2 µs.
-    trace_id, span_id, _, flags, state, is_valid = span.get_span_context()
-    if not is_valid or state or (context and baggage.get_all(context)):
-        return None
-    # As an f-string that is encoded: 0.3 µs more.
-    return [(_TRACEPARENT, b"00-%032x-%016x-%02x" % (trace_id, span_id, flags))]
 
 
 def is_propagated(name: str) -> bool:

@@ -321,7 +321,7 @@ class SettlementWrappers:
         telemetry, config = self._telemetry, self._telemetry.config
         if auto and config.commit_spans != "all":
             return None
-        client = telemetry.client(instance)
+        client = telemetry.clients.get(instance)
         offsets = {
             partition: offset
             for partition, offset in _client.offsets_by_partition(given).items()
@@ -407,7 +407,7 @@ class TransactionWrappers:
         telemetry = self._telemetry
         if telemetry.config.commit_spans == "none":
             return None
-        client = telemetry.client(instance)
+        client = telemetry.clients.get(instance)
         attributes: Attributes = {}
         if method == "send_offsets_to_transaction":
             partitions = _client.offsets_by_partition(_offsets(args, kwargs))

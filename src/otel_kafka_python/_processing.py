@@ -391,6 +391,8 @@ def open_scope(
     if facts is None:
         return None
     started = time.time_ns()
+    # Mostly nothing is around it, and the message's own context is the parent: not to
+    # call what looks for more saves 0.1 µs each.
     is_around = current or _innermost.get(None) is not None
     base = _base(current) if is_around else current
     if not config.process_spans:

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.sampling import (
     Sampler,
     SamplingResult,
 )
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Link, SpanKind
 
 from conformance import SCOPE, Seen, check_events, check_metrics, check_spans
 
@@ -34,7 +34,7 @@ class Creation(NamedTuple):
     name: str
     kind: SpanKind
     attributes: dict[str, Any]
-    links: int
+    links: list[Link]
 
 
 class RecordingSampler(Sampler):
@@ -53,11 +53,12 @@ class RecordingSampler(Sampler):
         name: str,
         kind: SpanKind | None = None,
         attributes: Any = None,
-        links: Any = None,
+        links: Sequence[Link] | None = None,
         *more: Any,
     ) -> SamplingResult:
         assert kind is not None
-        creation = Creation(name, kind, dict(attributes or {}), len(links or ()))
+        seen = [links[i] for i in range(len(links))] if links else []
+        creation = Creation(name, kind, dict(attributes or {}), seen)
         self.creations.append(creation)
         self.last.creation = creation
         return self._sampler.should_sample(

@@ -57,8 +57,7 @@ class RecordingSampler(Sampler):
         *more: Any,
     ) -> SamplingResult:
         assert kind is not None
-        seen = [links[i] for i in range(len(links))] if links else []
-        creation = Creation(name, kind, dict(attributes or {}), seen)
+        creation = Creation(name, kind, dict(attributes or {}), list(links or ()))
         self.creations.append(creation)
         self.last.creation = creation
         return self._sampler.should_sample(

@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from clients import Clients, poll, poll_records
 from conftest import Instrument
 from otel_kafka_python import _messages, process_span
+from otel_kafka_python._config import load
 from recorder import Recorder, attributes_of
 
 
@@ -445,10 +446,14 @@ def test_a_sampler_sees_the_links_of_a_receive_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, number: int
 ) -> None:
     clients.send(*[b"value"] * number, key=b"key")
-    poll_records(clients.consumer(), number)
+    records = poll_records(clients.consumer(), number)
     creations = [c for c in recorder.sampler.creations if c.name == f"poll {topic}"]
     seen = [link.context.span_id for each in creations for link in each.links]
     assert seen == ids(recorder.named(f"send {topic}"))
+    # A sampler may look at them in any way.
+    links = _messages.Links(load({}), records, topic, 0)
+    assert [links[i].context.span_id for i in range(len(links))] == seen
+    assert [link.context.span_id for link in links[-1:]] == seen[-1:]
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -38,9 +38,11 @@ GETTER = HeaderGetter()
 
 
 class HandWritten:
-    """Args:
-    provider: Makes the spans.
-    server: The address and the port of the broker.
+    """It reads the cluster's id where kafka-python keeps it: nothing public tells it.
+
+    Args:
+        provider: Makes the spans.
+        server: The address and the port of the broker.
     """
 
     def __init__(self, provider: TracerProvider | None, server: str) -> None:

@@ -323,7 +323,8 @@ class Operation:
         self.span = span
         self.started = started
         self._unclaimed = True
-        # Whether somebody has ended it, or is about to.
+        # Whether somebody has ended it, or is about to. To ask whether `_unclaimed` is
+        # gone would take an exception: saves 0.2 µs.
         self.ended = False
         self.error_type: str | None = None
         self._process = _process

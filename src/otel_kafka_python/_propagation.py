@@ -107,46 +107,44 @@ def extract(headers: Any) -> tuple[Context, SpanContext | None]:
         an empty one when there is nothing, or nothing that can be read. And the
         message's creation context, if there is one in it.
     """
-    if not headers:
-        return EMPTY, None
-    try:
-        # A dict keeps the last value of a name.
-        carrier = dict(headers)
-        created = _read_usual(carrier)
+    context, created = _read(headers)
+    if context is None:
+        context = EMPTY
         if created is not None:
-            return Context({SPAN_KEY: NonRecordingSpan(created)}), created
-        context = propagate.extract(carrier, Context(), getter=_GETTER)
-        found = get_current_span(context).get_span_context()
-    except Exception:
-        report("extract a context from headers")
-        return EMPTY, None
-    return context, found if found.is_valid else None
+            context = Context({SPAN_KEY: NonRecordingSpan(created)})
+    return context, created
 
 
 def creation_context(headers: Any) -> SpanContext | None:
     """The message's creation context, if the headers of a record carry one."""
+    return _read(headers)[1]
+
+
+def _read(headers: Any) -> tuple[Context | None, SpanContext | None]:
+    """As `extract`, but without a context that has no more than the creation context.
+
+    Of a message that is only linked to, nobody needs it: saves 0.3 µs.
+    """
     if not headers:
-        return None
+        return None, None
     try:
-        # Without a context around it: saves 0.3 µs.
-        created = _read_usual(dict(headers))
+        # A dict keeps the last value of a name.
+        carrier = dict(headers)
+        value = carrier.get(_TRACEPARENT)
+        usual = None
+        is_alone = "tracestate" not in carrier and "baggage" not in carrier
+        if type(value) is bytes and is_alone:
+            usual = _USUAL.fullmatch(value)
+        if usual is not None and _propagators().are_default:
+            trace_id, span_id, flags = usual.groups()
+            trace, span, is_remote = int(trace_id, 16), int(span_id, 16), True
+            return None, SpanContext(trace, span, is_remote, _FLAGS[flags])
+        context = propagate.extract(carrier, Context(), getter=_GETTER)
+        found = get_current_span(context).get_span_context()
     except Exception:
         report("extract a context from headers")
-        return None
-    return created or extract(headers)[1]
-
-
-def _read_usual(carrier: Mapping[str, Any]) -> SpanContext | None:
-    """What W3C's trace context finds, if that is all there is to find."""
-    value = carrier.get(_TRACEPARENT)
-    if type(value) is not bytes or "tracestate" in carrier or "baggage" in carrier:
-        return None
-    usual = _USUAL.fullmatch(value)
-    if usual is None or not _propagators().are_default:
-        return None
-    trace_id, span_id, flags = usual.groups()
-    is_remote = True
-    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, _FLAGS[flags])
+        return None, None
+    return context, found if found.is_valid else None
 
 
 def has_propagators() -> bool:

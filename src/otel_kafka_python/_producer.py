@@ -285,7 +285,7 @@ class ProducerWrappers:
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                (
+                (  # mostly with a call less: saves 0.1 µs
                     self._attributes(facts, key, headers)
                     if config.capture_headers or hook
                     else {**facts.attributes}

@@ -86,14 +86,14 @@ def held_records(clients: Clients, topic: str) -> list[Any]:
     with suppress_instrumentation():
         consumer = clients.consumer(topic)
         consumer.unsubscribe()
-        partitions = [
-            TopicPartition(topic, number)
-            for number in consumer.partitions_for_topic(topic)
-        ]
+        deadline = time.monotonic() + DEADLINE
+        # A broker that is just back may know of no broker yet, not even of itself.
+        while not (numbers := consumer.partitions_for_topic(topic)):
+            assert time.monotonic() < deadline
+        partitions = [TopicPartition(topic, number) for number in numbers]
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
         records: list[Any] = []
-        deadline = time.monotonic() + DEADLINE
         while any(consumer.position(each) < ends[each] for each in partitions):
             assert time.monotonic() < deadline
             for partition, batch in consumer.poll(timeout_ms=1000).items():

@@ -334,10 +334,20 @@ def test_an_auto_commit_makes_a_span_where_it_moves_an_offset(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     instrument(commit_spans="all")
+
+    def moved() -> list[Any]:
+        # One that fails has moved nothing. The first may, of a coordinator that is
+        # only being connected to; the next one tries the same again.
+        return [
+            (span.attributes or {}).get("messaging.kafka.offset")
+            for span in recorder.named(f"commit {topic}")
+            if span.status.status_code is StatusCode.UNSET
+        ]
+
     clients.send(b"1", b"2")
     consumer = auto_committing(clients)
     poll_records(consumer, 2)
-    poll_until(consumer, lambda: bool(commits(recorder)))
+    poll_until(consumer, lambda: 1 in moved())
     # It goes on to commit the same, as often as it is polled.
     requests: list[Any] = []
     request = ConsumerCoordinator._send_offset_commit_request
@@ -349,12 +359,11 @@ def test_an_auto_commit_makes_a_span_where_it_moves_an_offset(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConsumerCoordinator, "_send_offset_commit_request", count)
         poll_until(consumer, lambda: len(requests) >= 3)
-    *_, span = recorder.named(f"commit {topic}")
-    assert attributes_of([span])[0]["messaging.kafka.offset"] == 1
-    # The first may have come before a record had.
-    assert len(commits(recorder)) <= 2
     consumer.close()
-    assert len(commits(recorder)) <= 2
+    # There may be some from before all the records had come.
+    *before, last = moved()
+    assert last == 1
+    assert len({*before, last}) == len(before) + 1
 
 
 def test_an_auto_commit_at_close_makes_a_span(

@@ -34,7 +34,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import otel_kafka_python
 from clients import DEADLINE, Clients, committable, poll, poll_records
-from otel_kafka_python import KafkaPythonInstrumentor, _propagation, process_span
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _processing,
+    _propagation,
+    process_span,
+)
 from recorder import Log, Recorder, RecordingSampler
 
 pytestmark = pytest.mark.one_broker
@@ -579,6 +584,8 @@ def _exceptions_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def instrumented(**settings: Any) -> Iterator[None]:
     instrumentor = KafkaPythonInstrumentor()
+    # What `process_span` works with may be left from before it was instrumented.
+    _processing.use(None)
     instrumentor.instrument(**settings)
     try:
         yield

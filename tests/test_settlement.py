@@ -177,7 +177,7 @@ def test_commit_async_before_the_coordinator_is_known_is_the_callers(
     spans, works = recorder.named(f"commit {topic}"), recorder.named("work")
     for span, work, answer in zip(spans, works, answers, strict=True):
         assert span.parent == work.context
-        failed = type(answer).__name__ if isinstance(answer, Exception) else None
+        failed = _client.error_type(answer) if isinstance(answer, Exception) else None
         assert (span.attributes or {}).get("error.type") == failed
     assert consumer.committed(TopicPartition(topic, 0)) == 1
 

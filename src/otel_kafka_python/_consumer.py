@@ -23,7 +23,6 @@ from otel_kafka_python._operation import (
     Operation,
     Telemetry,
     count_records,
-    end_abandoned,
 )
 from otel_kafka_python._processing import (
     Records,
@@ -125,8 +124,7 @@ class ConsumerWrappers:
 
     def _client_to_trace(self, instance: Any) -> Client | None:
         try:
-            if self.telemetry.is_enabled():
-                end_abandoned()
+            if self.telemetry.may_begin():
                 return self.telemetry.clients.get(instance)
         except Exception:
             report("trace a consumer")
@@ -300,9 +298,8 @@ class ConsumerIterator(ScopedIterator):
     def _hand_over(self, record: Record, by_loop: bool) -> None:
         wrappers, telemetry = self._wrappers, self._wrappers.telemetry
         current = get_current()
-        if not telemetry.is_enabled(current):
+        if not telemetry.may_begin(current):
             return
-        end_abandoned()
         client = self._client
         client.refresh()
         if not (by_loop and telemetry.config.process_spans):

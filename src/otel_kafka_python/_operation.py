@@ -163,8 +163,10 @@ class Telemetry:
     def _living(self) -> list[tuple[Any, Client]]:
         return self.clients.living() if self.active else []
 
-    def is_enabled(self, context: Context | None = None) -> bool:
+    def may_begin(self, context: Context | None = None) -> bool:
         """Whether operations are traced now: not uninstrumented, not suppressed.
+
+        If they are, what finalisers have left behind is ended before one begins.
 
         Args:
             context: The current one, if it is known. If it is empty, nothing is
@@ -172,7 +174,11 @@ class Telemetry:
         """
         if context is None:
             context = get_current()
-        return self.active and (not context or is_instrumentation_enabled())
+        if not self.active or (context and not is_instrumentation_enabled()):
+            return False
+        if _abandoned:
+            _end_abandoned()
+        return True
 
     def facts(
         self, client: Client, kind: Kind, topic: Any, partition: Any
@@ -565,8 +571,7 @@ def leave_behind(operation: Operation) -> None:
         _abandoned.append((operation, time.time_ns()))
 
 
-def end_abandoned() -> None:
-    """End what finalisers have left behind; called as each operation begins."""
+def _end_abandoned() -> None:
     while _abandoned:
         try:
             operation, ended = _abandoned.popleft()
@@ -577,7 +582,7 @@ def end_abandoned() -> None:
 
 def end_all() -> None:
     """End all operations, because the interpreter exits."""
-    end_abandoned()
+    _end_abandoned()
     gc.unfreeze()  # what is frozen is not listed
     # Asking the garbage collector for them costs nothing until now, which a
     # register of all messages in flight would.

@@ -41,7 +41,6 @@ from otel_kafka_python._operation import (
     PROCESS,
     Operation,
     Telemetry,
-    end_abandoned,
     is_collecting,
     leave_behind,
 )
@@ -589,8 +588,7 @@ class RecordsIterator(ScopedIterator):
         if not by_loop:
             return
         current = otel_context.get_current()
-        if telemetry.is_enabled(current) and self._records.take(record):
-            end_abandoned()
+        if telemetry.may_begin(current) and self._records.take(record):
             self._scope = process(telemetry, self._client, record, current)
 
 
@@ -710,9 +708,8 @@ class ProcessSpan:
             _telemetry = Telemetry(_config.load({}))
         telemetry = _telemetry
         current = otel_context.get_current()
-        if not telemetry.is_enabled(current):
+        if not telemetry.may_begin(current):
             return None, False
-        end_abandoned()
         given = self._given
         batch = not hasattr(given, "offset")
         if not batch:

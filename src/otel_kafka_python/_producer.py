@@ -34,7 +34,6 @@ from otel_kafka_python._operation import (
     Answered,
     Facts,
     Telemetry,
-    end_abandoned,
 )
 from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
@@ -267,9 +266,8 @@ class ProducerWrappers:
             topic, key, headers, partition = _client.send_arguments(*args, **kwargs)
         except TypeError:
             return None, args, kwargs
-        if topic is None or not telemetry.is_enabled(context):
+        if topic is None or not telemetry.may_begin(context):
             return None, args, kwargs
-        end_abandoned()
         client = telemetry.clients.get(instance)
         facts = telemetry.facts(client, SEND, topic, partition)
         if facts is None:

@@ -30,7 +30,6 @@ from otel_kafka_python._operation import (
     Kind,
     Operation,
     Telemetry,
-    end_abandoned,
 )
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import MESSAGING_CONSUMER_GROUP_NAME
@@ -306,7 +305,7 @@ class SettlementWrappers:
     ) -> Settlement | None:
         try:
             offsets = _offsets(args, kwargs)
-            if self._telemetry.is_enabled():
+            if self._telemetry.may_begin():
                 return self._start(instance, state, offsets, auto=auto)
             # What is suppressed moves the offsets, too.
             state.committed.update(_client.offsets_by_partition(offsets))
@@ -317,7 +316,6 @@ class SettlementWrappers:
     def _start(
         self, instance: Any, state: _State, given: Any, *, auto: bool
     ) -> Settlement | None:
-        end_abandoned()
         telemetry, config = self._telemetry, self._telemetry.config
         if auto and config.commit_spans != "all":
             return None
@@ -385,7 +383,7 @@ class TransactionWrappers:
         """Wrap one of `METHODS`."""
         operation = None
         try:
-            if self._telemetry.is_enabled():
+            if self._telemetry.may_begin():
                 operation = self._start(method, instance, args, kwargs)
         except Exception:
             report("trace a transaction")
@@ -403,7 +401,6 @@ class TransactionWrappers:
     def _start(
         self, method: str, instance: Any, args: Args, kwargs: Kwargs
     ) -> Operation | None:
-        end_abandoned()
         telemetry = self._telemetry
         if telemetry.config.commit_spans == "none":
             return None

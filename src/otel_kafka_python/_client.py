@@ -247,6 +247,11 @@ def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return argument(args, kwargs, 2, "update_offsets") is False
 
 
+def iterates_by_polls(consumer: Any) -> bool:
+    """Whether iteration polls inside; `legacy_iterator` (2.0 and ng) does not."""
+    return not consumer.config.get("legacy_iterator")
+
+
 def record_future_class() -> type:
     """The class of the futures that `send` returns."""
     from kafka.producer.future import FutureRecordMetadata  # noqa: PLC0415

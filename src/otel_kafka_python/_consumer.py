@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry.context import get_current
 from opentelemetry.trace import SpanKind
 
-from otel_kafka_python._client import Client, is_inner_poll
+from otel_kafka_python._client import Client, is_inner_poll, iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
     Record,
@@ -169,6 +169,7 @@ class ConsumerWrappers:
         It fetches ahead, so it accounts for no message yet.
         """
         ended = time.time_ns()
+        client.refresh()
         traced = self._traced(client, polled)
         if not traced:
             return
@@ -250,13 +251,14 @@ class ConsumerIterator(ScopedIterator):
         plain: What its own `__iter__` returned, in general the consumer itself.
     """
 
-    __slots__ = ("_client", "_consumer", "_next", "_started", "_wrappers")
+    __slots__ = ("_client", "_consumer", "_next", "_polls", "_started", "_wrappers")
 
     def __init__(self, wrappers: ConsumerWrappers, consumer: Any, plain: Any) -> None:
         super().__init__()
         self._wrappers = wrappers
         self._consumer = consumer
         self._client = wrappers.telemetry.clients.get(consumer)
+        self._polls = iterates_by_polls(consumer)
         self._started = 0
         layer = wrappers.next_layer
         found = next(
@@ -301,7 +303,9 @@ class ConsumerIterator(ScopedIterator):
         if not telemetry.may_begin(current):
             return
         client = self._client
-        client.refresh()
+        # After each poll inside the metadata was looked at: saves 0.2 µs a record.
+        if not self._polls:
+            client.refresh()
         if not (by_loop and telemetry.config.process_spans):
             wrappers.receive_one(client, self._started, record, measured=False)
             if by_loop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
-from clients import Clients, poll, poll_records
+from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import _messages, process_span
+from otel_kafka_python import _messages, _processing, process_span
 from otel_kafka_python._config import load
 from recorder import Recorder, attributes_of
 
@@ -496,6 +496,59 @@ def test_a_loop_follows_the_metadata(
     _, before, after = attributes_of(recorder.named(f"process {topic}"))
     assert before["server.address"] != "192.0.2.1"
     assert after["server.address"] == "192.0.2.1"
+
+
+@pytest.mark.parametrize("flags", ["00", "01", None], ids=str)
+def test_a_sampler_sees_the_attributes_of_a_process_span(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    flags: str | None,
+) -> None:
+    carried = f"00-{7:032x}-{8:016x}-{flags}".encode()
+    headers = [] if flags is None else [("traceparent", carried)]
+    with suppress_instrumentation():
+        clients.producer().send(topic, b"value", b"key", headers).get(DEADLINE)
+    for _ in clients.consumer():
+        break
+    (seen,) = [c for c in recorder.sampler.creations if c.name == f"process {topic}"]
+    assert seen.attributes["messaging.kafka.message.key"] == "key"
+    assert seen.attributes["messaging.kafka.offset"] == 0
+
+
+def test_the_attributes_of_a_process_span_are_a_mapping_as_any_other() -> None:
+    record = SimpleNamespace(key=b"key", offset=7, serialized_value_size=1)
+    known = MappingProxyType({"messaging.system": "kafka"})
+    seen = _messages.Described(load({}), record, known, 0)
+    expected = {
+        "messaging.system": "kafka",
+        "messaging.kafka.message.key": "key",
+        "messaging.kafka.offset": 7,
+    }
+    assert seen == expected
+    assert seen["messaging.kafka.offset"] == 7
+    assert {**seen} == dict(seen.items()) == seen.copy() == expected
+    assert repr(seen) == repr(seen.copy())
+    seen.copy().clear()
+    assert len(seen) == 3
+
+
+def test_no_attributes_are_made_for_a_process_span_that_is_not_sampled(
+    instrument: Instrument, clients: Clients, monkeypatch: Any
+) -> None:
+    made: list[Any] = []
+    for module in (_messages, _processing):
+        monkeypatch.setattr(module, "describe", lambda *given: made.extend(given))
+    instrument(tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False))
+    clients.send(b"1", b"2", key=b"key")
+    spans = []
+    for record in clients.consumer():
+        spans.append(trace.get_current_span())
+        if record.offset == 1:
+            break
+    assert [span.get_span_context().is_valid for span in spans] == [True, True]
+    assert made == []
 
 
 @pytest.mark.parametrize("how", ["poll", "process"])

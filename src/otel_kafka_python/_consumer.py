@@ -144,7 +144,7 @@ class ConsumerWrappers:
                 return
             span = None
             if self.telemetry.config.receive_spans:
-                attributes = {**facts.attributes}
+                attributes = facts.attributes.copy()
                 span = self.telemetry.start_span(
                     facts, SpanKind.CLIENT, started, attributes
                 )
@@ -189,7 +189,7 @@ class ConsumerWrappers:
             return
         span = None
         if telemetry.config.receive_spans:
-            attributes = {**facts.attributes}
+            attributes = facts.attributes.copy()
             links = account_for(
                 telemetry.config,
                 [record for each in traced for record in polled[each]],
@@ -223,7 +223,7 @@ class ConsumerWrappers:
         ended = time.time_ns()
         span = None
         if config.receive_spans:
-            attributes = {**facts.attributes}
+            attributes = facts.attributes.copy()
             describe(config, record, attributes)
             links = Links(config, [record], record.topic, record.partition)
             span = telemetry.start_span(

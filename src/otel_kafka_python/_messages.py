@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, overload
 
 from opentelemetry.trace import Link
@@ -13,10 +14,12 @@ from otel_kafka_python._attributes import (
     header_attributes,
     message_key,
     partition_id,
+    queue_seconds,
 )
 from otel_kafka_python._config import Config
 from otel_kafka_python._propagation import creation_context, is_propagated
 from otel_kafka_python._semconv import (
+    KAFKA_RECORD_QUEUE_TIME_MS,
     MESSAGING_BATCH_MESSAGE_COUNT,
     MESSAGING_DESTINATION_NAME,
     MESSAGING_DESTINATION_PARTITION_ID,
@@ -139,8 +142,18 @@ class Links(Sequence[Link]):
         return about
 
 
-def describe(config: Config, record: Record, attributes: Attributes) -> None:
-    """Add what belongs to one message, to a span of one or to a link of a batch."""
+def describe(
+    config: Config, record: Record, attributes: Attributes, started: int | None = None
+) -> None:
+    """Add what belongs to one message, to a span of one or to a link of a batch.
+
+    Args:
+        config: The settings.
+        record: The message.
+        attributes: What it is added to.
+        started: When its processing started, in nanoseconds since the epoch; None if
+            it is only received.
+    """
     key = message_key(record.key) if config.capture_message_key else None
     size = record.serialized_value_size
     if size != -1 and not (config.capture_message_size and isinstance(size, int)):
@@ -148,6 +161,63 @@ def describe(config: Config, record: Record, attributes: Attributes) -> None:
     add_message(attributes, record.offset, key, size)
     if config.capture_headers:
         attributes.update(captured_headers(config, record.headers))
+    if started is not None and config.capture_queue_time:
+        seconds = queue_seconds(record.timestamp, started)
+        if seconds is not None:
+            attributes[KAFKA_RECORD_QUEUE_TIME_MS] = round(seconds * 1e3)
+
+
+class Described(Mapping[str, Any]):
+    """The attributes of a process span, put together once somebody asks for them.
+
+    For a span that is not sampled mostly nobody asks.
+
+    Args:
+        config: The settings.
+        record: The message.
+        known: What is the same for all messages of its topic and partition.
+        started: When its processing started, in nanoseconds since the epoch.
+    """
+
+    __slots__ = ("_config", "_known", "_made", "_record", "_started")
+
+    def __init__(
+        self,
+        config: Config,
+        record: Record,
+        known: MappingProxyType[str, Any],
+        started: int,
+    ) -> None:
+        self._config = config
+        self._record = record
+        self._known = known
+        self._started = started
+        self._made: Attributes | None = None
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._all().items()
+
+    def copy(self) -> Attributes:
+        """As of a dict, and of the SDK's view of one, which asks for it."""
+        return self._all().copy()
+
+    def _all(self) -> Attributes:
+        if self._made is None:
+            self._made = self._known.copy()
+            describe(self._config, self._record, self._made, self._started)
+        return self._made
 
 
 def captured_headers(config: Config, headers: Any) -> Attributes:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from opentelemetry import trace
@@ -86,7 +87,7 @@ class Facts:
 
     topic: str | None
     name: str
-    attributes: Attributes  # of a span, at its creation
+    attributes: MappingProxyType[str, Any]  # of a span, at its creation
     told_later: Attributes  # of a span, at its end
     measured: Attributes  # of the duration
     counted: Attributes  # of the messages
@@ -119,15 +120,6 @@ class Facts:
                 tally = self.messages.tally({**self.counted, **added})
             known = self.by_partition[partition] = {**self.measured, **added}, tally
         return known
-
-    def is_end_wanted(self, span: Span | None) -> bool:
-        """Whether anybody would know of the end of an operation with this span."""
-        try:
-            is_recorded = span is not None and span.is_recording()
-        except Exception:
-            report("ask whether a span is recorded")
-            return True
-        return is_recorded or self.is_told_anyway
 
 
 class Telemetry:
@@ -255,7 +247,7 @@ class Telemetry:
         return Facts(
             topic,
             span_name(kind.name, topic),
-            attributes,
+            MappingProxyType(attributes),
             told_later,
             measured,
             counted,
@@ -274,7 +266,7 @@ class Telemetry:
         facts: Facts,
         kind: SpanKind,
         started: int,
-        attributes: Attributes,
+        attributes: Mapping[str, Any],
         context: Context | None = None,
         links: Sequence[Link] = (),
     ) -> Span | None:
@@ -303,6 +295,15 @@ class Telemetry:
         except Exception:
             report("start a span")
             return None
+
+
+def is_recorded(span: Span | None) -> bool:
+    """Whether a span is, or may be."""
+    try:
+        return span is not None and span.is_recording()
+    except Exception:
+        report("ask whether a span is recorded")
+        return True
 
 
 class Operation:

@@ -22,16 +22,17 @@ from opentelemetry.trace import (
     Span,
     SpanContext,
     SpanKind,
+    TraceFlags,
     get_current_span,
     set_span_in_context,
 )
 
 from otel_kafka_python import _config
-from otel_kafka_python._attributes import Attributes, queue_seconds
 from otel_kafka_python._client import Client
 from otel_kafka_python._config import Config
 from otel_kafka_python._loops import Asker, asker_at, is_loop
 from otel_kafka_python._messages import (
+    Described,
     Record,
     account_for,
     describe,
@@ -46,7 +47,6 @@ from otel_kafka_python._operation import (
 )
 from otel_kafka_python._propagation import SPAN_KEY, creation_context, extract
 from otel_kafka_python._safety import call_hook, report
-from otel_kafka_python._semconv import KAFKA_RECORD_QUEUE_TIME_MS
 
 # The innermost scope of this context. It is set beside every `attach` and reset
 # first, because it refuses the token of another context in silence, where
@@ -400,16 +400,21 @@ def open_scope(
         scope = Scope(facts, None, started)
         scope.enter(Processed(records, (), base), base, base)
         return scope
-    attributes = {**facts.attributes}
+    attributes: Mapping[str, Any]
     links: Sequence[Link]
     if batch:
-        context = base
+        context, attributes = base, facts.attributes.copy()
         links = tuple(account_for(config, records, topic, partition, attributes))
     else:
-        describe(config, record, attributes)
-        if config.capture_queue_time:
-            attributes.update(_queue_time(record, started))
         carried, created = extract(record.headers)
+        # Where the trace is sampled, so is the span, mostly: not to defer it saves
+        # 0.5 µs there, to defer it 0.7 elsewhere.
+        is_sampled = created is not None and created.trace_flags & TraceFlags.SAMPLED
+        if is_sampled:
+            attributes = facts.attributes.copy()
+            describe(config, record, attributes, started)
+        else:
+            attributes = Described(config, record, facts.attributes, started)
         context = Context({**base, **carried}) if base and carried else base or carried
         links = () if created is None else (Link(created),)
     is_parent_sought = base or config.process_parent == "none"
@@ -443,11 +448,6 @@ def _parent(config: Config, base: Context, context: Context) -> Context:
     if ambient.get_span_context().is_valid:
         return set_span_in_context(ambient, context)
     return context
-
-
-def _queue_time(record: Record, now: int) -> Attributes:
-    seconds = queue_seconds(record.timestamp, now)
-    return {} if seconds is None else {KAFKA_RECORD_QUEUE_TIME_MS: round(seconds * 1e3)}
 
 
 class ScopedIterator:
@@ -596,7 +596,8 @@ def process(
     telemetry: Telemetry, client: Client, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if _scope_of(record) is not None:
+    # Mostly there is no scope at all: not to look for the record's saves 0.1 µs.
+    if _innermost.get(None) is not None and _scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, [record], current, batch=False)
 

@@ -34,6 +34,7 @@ from otel_kafka_python._operation import (
     Answered,
     Facts,
     Telemetry,
+    is_recorded,
 )
 from otel_kafka_python._processing import is_being_processed, same_span
 from otel_kafka_python._propagation import (
@@ -283,16 +284,16 @@ class ProducerWrappers:
                 facts,
                 SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
                 started,
-                (  # mostly with a call less: saves 0.1 µs
+                (  # mostly not to copy them saves 0.2 µs
                     self._attributes(facts, key, headers)
                     if config.capture_headers or hook
-                    else {**facts.attributes}
+                    else facts.attributes
                 ),
                 context,
                 () if kept is None else (Link(kept),),
             )
         # An end that nobody would know of needs no callback.
-        if facts.is_end_wanted(span):
+        if (span is not INVALID_SPAN and is_recorded(span)) or facts.is_told_anyway:
             told_later = key if hook is None else None
             delivery = Delivery(facts, span, started, client, told_later)
         if hook is not None and span is not None:
@@ -325,7 +326,7 @@ class ProducerWrappers:
 
         Samplers may decide by it, and a hook may replace it: then that is to stay.
         """
-        config, attributes = self._telemetry.config, {**facts.attributes}
+        config, attributes = self._telemetry.config, facts.attributes.copy()
         if config.capture_headers:
             attributes.update(captured_headers(config, headers))
         if config.produce_hook is not None and key is not None:

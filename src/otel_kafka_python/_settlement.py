@@ -340,7 +340,7 @@ class SettlementWrappers:
         started = time.time_ns()
         span = None
         if config.commit_spans != "none":
-            attributes = {**facts.attributes, **_attributes(partition, offsets)}
+            attributes = facts.attributes | _attributes(partition, offsets)
             span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
         return Settlement(facts, span, started, instance, state, offsets)
 
@@ -419,6 +419,7 @@ class TransactionWrappers:
         if facts is None:
             return None
         started = time.time_ns()
-        attributes = {**facts.attributes, **attributes}
-        span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
+        span = telemetry.start_span(
+            facts, SpanKind.CLIENT, started, facts.attributes | attributes
+        )
         return Operation(facts, span, started)

@@ -214,10 +214,12 @@ class Described(Mapping[str, Any]):
         return self._all().copy()
 
     def _all(self) -> Attributes:
-        if self._made is None:
-            self._made = self._known.copy()
-            describe(self._config, self._record, self._made, self._started)
-        return self._made
+        made = self._made
+        if made is None:
+            made = self._known.copy()
+            describe(self._config, self._record, made, self._started)
+            self._made = made
+        return made
 
 
 def captured_headers(config: Config, headers: Any) -> Attributes:

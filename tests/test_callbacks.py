@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import weakref
@@ -15,6 +14,7 @@ from opentelemetry import baggage, context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from clients import DEADLINE, Clients
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Recorder
@@ -226,5 +226,5 @@ def test_a_future_that_is_done_keeps_no_context(instrumented: None) -> None:
     context.detach(token)
     future.success(None)
     del kept, token
-    gc.collect()
+    collect()
     assert dropped() is None

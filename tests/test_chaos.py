@@ -34,6 +34,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import otel_kafka_python
 from clients import DEADLINE, Clients, committable, poll, poll_records
+from collector import collect
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
     _processing,
@@ -428,7 +429,7 @@ class Service:
             gc.disable()  # not before it is one
             forget()
             gc.enable()
-            gc.collect(0)
+            collect(0)
 
     def asks_for_the_next(self, seen: list[Any]) -> None:
         self.consumer.seek(self.partition, 0)

@@ -27,6 +27,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 import otel_kafka_python
 from clients import DEADLINE, Clients, poll, poll_records
+from collector import collect
 from conftest import Instrument
 from recorder import Recorder
 
@@ -142,10 +143,10 @@ def test_the_objects_that_a_send_leaves_alive_until_its_acknowledgement(
     def alive_per_message() -> int:
         producer = clients.producer(linger_ms=60000, batch_size=1 << 20)
         producer.send(topic, b"first", key=b"key")
-        gc.collect()
+        collect()
         before = len(gc.get_objects())
         futures = [producer.send(topic, b"value", key=b"key") for _ in range(KEPT)]
-        gc.collect()
+        collect()
         alive = len(gc.get_objects()) - before
         producer.flush()
         return round(alive / len(futures))
@@ -170,13 +171,13 @@ def test_the_objects_that_a_processed_record_leaves_alive(
         poll(consumer, max_records=1)
         consumer.seek_to_beginning()
         kept: list[Any] = []
-        gc.collect()
+        collect()
         before = len(gc.get_objects())
         while sum(map(len, kept)) < KEPT:
             kept += poll(consumer).values()
             for _ in kept[-1]:
                 pass
-        gc.collect()
+        collect()
         return round((len(gc.get_objects()) - before) / KEPT)
 
     plain = alive_per_message()

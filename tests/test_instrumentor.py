@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 import weakref
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from kafka.coordinator.consumer import ConsumerCoordinator
 from kafka.producer.future import FutureRecordMetadata
 
 from clients import Clients
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
@@ -199,7 +199,7 @@ def test_a_consumer_is_not_kept_alive(
     dropped = weakref.ref(consumer)
     clients._made.remove(consumer)
     del consumer
-    gc.collect()
+    collect()
     assert dropped() is None
 
 

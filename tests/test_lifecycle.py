@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 
 from clients import DEADLINE, VERSION, Clients
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _operation
 from recorder import Recorder
@@ -49,7 +49,7 @@ def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
     future = producer.send(topic, b"lost")
     assert recorder.open() == [f"send {topic}"]
     del future
-    gc.collect()
+    collect()
     # A finaliser must not call the SDK: nothing has ended yet.
     assert recorder.open() == [f"send {topic}"]
     kept = producer.send(f"{topic}-next", b"kept")
@@ -85,7 +85,7 @@ def test_what_is_still_open_is_found_and_ended_once(
     for future in futures:
         future.success(late)
     futures.clear()
-    gc.collect()
+    collect()
     _operation.end_all()
     assert len(recorder.ended) == 10
 

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
 from clients import DEADLINE, IS_NG, Clients
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from otel_kafka_python._processing import Scope
@@ -106,7 +107,7 @@ def test_it_ends_with_the_consumer_that_is_dropped(
     next(consumer)
     clients._made.remove(consumer)
     del consumer
-    gc.collect()
+    collect()
     assert current() is None
     clients.send(b"2")  # ends what finalisers have left behind
     assert len(recorder.named(f"process {topic}")) == 1

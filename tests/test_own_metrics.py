@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from opentelemetry.sdk.metrics import Meter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _own_metrics
 from otel_kafka_python._own_metrics import NAMES
@@ -243,7 +243,7 @@ def test_a_provider_is_let_go_with_the_instrumentation(
     KafkaPythonInstrumentor().uninstrument()
     provider.shutdown()
     del provider
-    gc.collect()
+    collect()
     assert dropped() is None
 
 

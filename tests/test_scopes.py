@@ -30,6 +30,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from tqdm import tqdm
 
 from clients import Clients, poll
+from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from recorder import Recorder, attributes_of
@@ -463,7 +464,7 @@ def test_what_is_no_loop_makes_no_process_span_and_a_loop_then_does_once(
 ) -> None:
     records = records_of(produced)
     use(records)
-    gc.collect()
+    collect()
     assert recorder.named(f"process {topic}") == []
     assert trace.get_current_span() is trace.INVALID_SPAN
     for _ in range(2):
@@ -831,7 +832,7 @@ def test_the_garbage_collector_ends_no_span_itself(
     assert recorder.open() == [f"process {topic}"]
     del service
     collecting = True
-    gc.collect()
+    collect()
     collecting = False
     assert ended_in_collection == []
     assert trace.get_current_span() is trace.INVALID_SPAN

@@ -81,19 +81,27 @@ def send_until_one_arrives(producer: Any, topic: str, sent: dict[str, Any]) -> s
     pytest.fail("no message arrives")
 
 
+def partitions_of(consumer: Any, topic: str) -> list[TopicPartition]:
+    """The partitions of a topic, once the broker tells of them.
+
+    One that is just back may know of no broker yet, not even of itself.
+    """
+    deadline = time.monotonic() + DEADLINE
+    while not (numbers := consumer.partitions_for_topic(topic)):
+        assert time.monotonic() < deadline
+    return [TopicPartition(topic, number) for number in numbers]
+
+
 def held_records(clients: Clients, topic: str) -> list[Any]:
     """All records of a topic that the broker holds, read without being traced."""
     with suppress_instrumentation():
         consumer = clients.consumer(topic)
         consumer.unsubscribe()
-        deadline = time.monotonic() + DEADLINE
-        # A broker that is just back may know of no broker yet, not even of itself.
-        while not (numbers := consumer.partitions_for_topic(topic)):
-            assert time.monotonic() < deadline
-        partitions = [TopicPartition(topic, number) for number in numbers]
+        partitions = partitions_of(consumer, topic)
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
         records: list[Any] = []
+        deadline = time.monotonic() + DEADLINE
         while any(consumer.position(each) < ends[each] for each in partitions):
             assert time.monotonic() < deadline
             for partition, batch in consumer.poll(timeout_ms=1000).items():

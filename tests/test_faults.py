@@ -28,6 +28,7 @@ from deliveries import (
     carried,
     held_records,
     ids,
+    partitions_of,
     send_each,
     send_until_one_arrives,
     until_all_have_ended,
@@ -449,10 +450,10 @@ def leaders(clients: Clients) -> dict[str, int]:
     consumer = clients.consumer()
     metadata = consumer._client.cluster
     return {
-        str(number): metadata.broker_metadata(
-            metadata.leader_for_partition(TopicPartition(clients.topic, number))
+        str(each.partition): metadata.broker_metadata(
+            metadata.leader_for_partition(each)
         ).port
-        for number in consumer.partitions_for_topic(clients.topic)
+        for each in partitions_of(consumer, clients.topic)
     }
 
 

@@ -144,9 +144,8 @@ class ConsumerWrappers:
                 return
             span = None
             if self.telemetry.config.receive_spans:
-                attributes = facts.attributes.copy()
                 span = self.telemetry.start_span(
-                    facts, SpanKind.CLIENT, started, attributes
+                    facts, SpanKind.CLIENT, started, facts.attributes
                 )
             operation = Operation(facts, span, started)
             operation.fail(error)

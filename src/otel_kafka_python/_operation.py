@@ -168,7 +168,7 @@ class Telemetry:
             context = get_current()
         if not self.active or (context and not is_instrumentation_enabled()):
             return False
-        if _abandoned:
+        if _abandoned:  # mostly there is nothing, and a call less: saves 0.1 µs
             _end_abandoned()
         return True
 

@@ -37,10 +37,10 @@ from clients import DEADLINE, Clients, committable, poll, poll_records
 from collector import collect
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
-    _processing,
     _propagation,
     process_span,
 )
+from otel_kafka_python._processing import process_span as process_span_module
 from recorder import Log, Recorder, RecordingSampler
 
 pytestmark = pytest.mark.one_broker
@@ -160,10 +160,14 @@ def sites_of(module: ModuleType) -> Iterator[Site]:
 PACKAGE = Path(otel_kafka_python.__file__).parent
 SITES = [
     site
-    for path in sorted(PACKAGE.glob("_[a-z]*.py"))
+    for path in sorted(PACKAGE.rglob("*.py"))
     # What is observed of the clients has a test of its own, beside its others.
-    if path.stem != "_own_metrics"
-    for site in sites_of(importlib.import_module(f"otel_kafka_python.{path.stem}"))
+    if path.stem not in {"_client_metrics", "__init__"}
+    for site in sites_of(
+        importlib.import_module(
+            ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        )
+    )
     # When an SDK collects, no application waits, and this is a plain value.
     if site.name != "Observation"
 ]
@@ -586,7 +590,7 @@ def _exceptions_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 def instrumented(**settings: Any) -> Iterator[None]:
     instrumentor = KafkaPythonInstrumentor()
     # What `process_span` works with may be left from before it was instrumented.
-    _processing.use(None)
+    process_span_module.use(None)
     instrumentor.instrument(**settings)
     try:
         yield

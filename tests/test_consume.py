@@ -18,8 +18,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import _messages, _processing, process_span
+from otel_kafka_python import _messages, process_span
 from otel_kafka_python._config import load
+from otel_kafka_python._processing import spans
 from recorder import Recorder, attributes_of
 
 
@@ -520,7 +521,7 @@ def test_a_sampler_sees_the_attributes_of_a_process_span(
 def test_the_attributes_of_a_process_span_are_a_mapping_as_any_other() -> None:
     record = SimpleNamespace(key=b"key", offset=7, serialized_value_size=1)
     known = MappingProxyType({"messaging.system": "kafka"})
-    seen = _messages.Described(load({}), record, known, 0)
+    seen = _messages.LazyAttributes(load({}), record, known, 0)
     expected = {
         "messaging.system": "kafka",
         "messaging.kafka.message.key": "key",
@@ -538,16 +539,16 @@ def test_no_attributes_are_made_for_a_process_span_that_is_not_sampled(
     instrument: Instrument, clients: Clients, monkeypatch: Any
 ) -> None:
     made: list[Any] = []
-    for module in (_messages, _processing):
+    for module in (_messages, spans):
         monkeypatch.setattr(module, "describe", lambda *given: made.extend(given))
     instrument(tracer_provider=TracerProvider(ALWAYS_OFF, shutdown_on_exit=False))
     clients.send(b"1", b"2", key=b"key")
-    spans = []
+    current = []
     for record in clients.consumer():
-        spans.append(trace.get_current_span())
+        current.append(trace.get_current_span())
         if record.offset == 1:
             break
-    assert [span.get_span_context().is_valid for span in spans] == [True, True]
+    assert [span.get_span_context().is_valid for span in current] == [True, True]
     assert made == []
 
 

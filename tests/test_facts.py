@@ -10,14 +10,14 @@ from typing import Any
 import kafka.errors
 import pytest
 
-from otel_kafka_python import _client, _semconv
+from otel_kafka_python import _kafka, _semconv
 from otel_kafka_python._attributes import (
     add_message,
     legal_topic,
     message_key,
     span_name,
 )
-from otel_kafka_python._client import Server, parse_bootstrap_servers
+from otel_kafka_python._kafka import Server, parse_bootstrap_servers
 
 CONVENTION = json.loads(
     (Path(__file__).parent / "messaging-kafka-1.44.0.json").read_text()
@@ -144,7 +144,7 @@ KAFKA_NAMES = {
 
 def test_an_error_type_is_kafkas_name() -> None:
     assert {
-        number: _client.error_type(kafka.errors.for_code(number)())
+        number: _kafka.error_type(kafka.errors.for_code(number)())
         for number in KAFKA_NAMES
     } == KAFKA_NAMES
 
@@ -161,7 +161,7 @@ def test_an_error_type_is_kafkas_name() -> None:
 def test_an_error_that_kafka_has_no_name_for_is_its_class(
     error: BaseException, name: str
 ) -> None:
-    assert _client.error_type(error) == name
+    assert _kafka.error_type(error) == name
 
 
 def test_every_name_is_one_of_the_convention() -> None:

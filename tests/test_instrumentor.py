@@ -20,10 +20,10 @@ from collector import collect
 from conftest import Instrument
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
-    _client,
     _instrumentor,
     _patches,
 )
+from otel_kafka_python._processing import iterators
 from otel_kafka_python.package import _instruments_any
 from recorder import Log, Recorder
 from scripts import run
@@ -229,12 +229,12 @@ def test_uninstrumenting_reverts_whatever_fails(
     instrument: Instrument, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = methods()
-    instrument()
 
-    def living(_: object) -> Any:
+    def close_all(_: object) -> Any:
         raise RuntimeError("changed during iteration")
 
-    monkeypatch.setattr(_client.Clients, "living", living)
+    monkeypatch.setattr(iterators.HeldScopes, "close_all", close_all)
+    instrument()
     KafkaPythonInstrumentor().uninstrument()
     (message,) = log.take()
     assert message.startswith("Failed to leave the scopes of consumers")

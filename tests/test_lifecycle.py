@@ -14,7 +14,7 @@ from opentelemetry.trace import StatusCode
 from clients import DEADLINE, VERSION, Clients
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _operation
+from otel_kafka_python import KafkaPythonInstrumentor, _endings
 from recorder import Recorder
 from scripts import run_recorded
 
@@ -66,7 +66,7 @@ def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
         error_type="outcome_unknown",
         messaging_destination_partition_id="7",
     ) == 1  # fmt: skip
-    _operation.end_all()
+    _endings.abandon_all()
 
 
 def test_what_is_still_open_is_found_and_ended_once(
@@ -79,14 +79,14 @@ def test_what_is_still_open_is_found_and_ended_once(
     instrument()
     producer = clients.producer()
     futures = [producer.send(topic, b"lost") for _ in range(10)]
-    _operation.end_all()
+    _endings.abandon_all()
     assert recorder.open() == []
     late = SimpleNamespace(partition=7, offset=0, serialized_value_size=1)
     for future in futures:
         future.success(late)
     futures.clear()
     collect()
-    _operation.end_all()
+    _endings.abandon_all()
     assert len(recorder.ended) == 10
 
 
@@ -107,12 +107,12 @@ def test_a_forked_child_drops_what_its_parent_has_started(
         futures.clear()
         own = producer.send(topic, b"own")
         del own
-        _operation.end_all()
+        _endings.abandon_all()
         # The child has ended its own and nothing else.
         os._exit(0 if len(recorder.started) - len(recorder.ended) == 1 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert recorder.open() == [f"send {topic}"]
-    _operation.end_all()
+    _endings.abandon_all()
     assert recorder.open() == []
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from otel_kafka_python import _loops
+from otel_kafka_python._processing import loops as _loops
 
 ROUNDS = 3
 

@@ -20,7 +20,7 @@ from clients import DEADLINE, IS_NG, Clients
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
-from otel_kafka_python._processing import Scope
+from otel_kafka_python._processing.scopes import Scope
 from recorder import Recorder
 from scripts import run
 

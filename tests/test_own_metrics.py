@@ -17,8 +17,8 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _own_metrics
-from otel_kafka_python._own_metrics import NAMES
+from otel_kafka_python import KafkaPythonInstrumentor, _client_metrics
+from otel_kafka_python._client_metrics import NAMES
 from recorder import Log, Recorder
 
 JAVA: dict[str, Any] = json.loads(
@@ -276,7 +276,7 @@ def test_an_sdk_that_fails_to_observe_is_logged_once_and_harms_nothing_else(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("from an SDK")
 
-    owner: Any = Meter if call == "create_observable_gauge" else _own_metrics
+    owner: Any = Meter if call == "create_observable_gauge" else _client_metrics
     monkeypatch.setattr(owner, call, fail)
     instrument(client_metrics=True)
     work(clients)

@@ -23,19 +23,27 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 LEVELS = [
     {"__init__"},
     {"_instrumentor"},
-    {"_patches"},
-    {"_producer", "_consumer", "_settlement"},
+    {"_patches", "_coexistence"},
+    {"_producer", "_consumer", "_commits", "_transactions"},
     {"_processing"},
-    {"_messages", "_operation"},
-    {
-        *("_propagation", "_attributes", "_exceptions", "_metrics"),
-        *("_loops", "_coexistence"),
-    },
-    {"_own_metrics"},
-    {"_client"},
+    {"_telemetry"},
+    {"_operation"},
+    {"_endings", "_messages"},
+    {"_propagation", "_metrics"},
+    {"_client_metrics", "_exception_events"},
+    {"_attributes", "_clients"},
+    {"_kafka"},
     {"_config"},
     {"_semconv", "_safety"},
     {"package"},
+]
+PROCESSING = [
+    {"__init__"},
+    {"process_span"},
+    {"iterators"},
+    {"spans"},
+    {"scopes"},
+    {"loops"},
 ]
 
 
@@ -98,41 +106,57 @@ def test_it_is_typed() -> None:
     assert (SOURCE / "py.typed").exists()
 
 
-def _imports(path: Path) -> set[str]:
-    """The modules of ours that a module imports, wherever in it."""
+def _imports(path: Path, package: str) -> set[str]:
+    """The modules of a package of ours that a module imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "otel_kafka_python":
+            if node.module == package:
                 found |= {alias.name for alias in node.names}
-            elif node.module.startswith("otel_kafka_python."):
-                found.add(node.module.split(".")[1])
+            elif node.module.startswith(f"{package}."):
+                found.add(node.module.removeprefix(f"{package}.").split(".")[0])
     return found
+
+
+def _below(levels: list[set[str]], name: str) -> set[str]:
+    (level,) = [i for i, names in enumerate(levels) if name in names]
+    return set().union(*levels[level + 1 :])
 
 
 @pytest.mark.parametrize(
     "path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem
 )
 def test_every_import_is_one_way_down_the_map(path: Path) -> None:
-    (level,) = [i for i, names in enumerate(LEVELS) if path.stem in names]
-    below = set().union(*LEVELS[level + 1 :])
-    assert _imports(path) <= below
+    assert _imports(path, "otel_kafka_python") <= _below(LEVELS, path.stem)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SOURCE / "_processing").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_import_of_the_sub_package_is_one_way_down(path: Path) -> None:
+    package = "otel_kafka_python._processing"
+    assert _imports(path, package) <= _below(PROCESSING, path.stem)
+    allowed = _below(LEVELS, "_processing") | {"_processing"}
+    assert _imports(path, "otel_kafka_python") <= allowed
+
+
+def _module_map() -> str:
+    docstring = otel_kafka_python.__doc__ or ""
+    return docstring.partition("only from those below it:\n\n")[2].partition("\n\n")[0]
 
 
 def test_the_map_in_the_docstring_is_the_map() -> None:
-    documented = re.findall(
-        r"^    (\w+) {2,}\S", otel_kafka_python.__doc__ or "", re.MULTILINE
-    )
+    documented = re.findall(r"^    (\w+) {2,}\S", _module_map(), re.MULTILINE)
     assert set(documented) == set().union(*LEVELS) - {"__init__"}
     levels = {name: i for i, names in enumerate(LEVELS) for name in names}
     assert documented == sorted(documented, key=lambda name: levels[name])
 
 
 def test_the_map_for_contributors_is_that_of_the_docstring() -> None:
-    docstring = otel_kafka_python.__doc__ or ""
-    rows = re.findall(r"^    (\w+ {2,}\S.*)$", docstring, re.MULTILINE)
+    rows = re.findall(r"^    (\w+ {2,}\S.*)$", _module_map(), re.MULTILINE)
     assert set(re.findall(r"^(\w+) ", "\n".join(rows), re.MULTILINE)) == {
-        path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"
+        "_processing",
+        *(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"),
     }
     assert "```\n" + "\n".join(rows) + "\n```" in CONTRIBUTING
 

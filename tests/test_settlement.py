@@ -20,8 +20,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, committable, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _client
-from otel_kafka_python._settlement import LookUp
+from otel_kafka_python import KafkaPythonInstrumentor, _kafka
+from otel_kafka_python._commits import PendingCommit
 from recorder import Recorder, attributes_of
 
 
@@ -177,7 +177,7 @@ def test_commit_async_before_the_coordinator_is_known_is_the_callers(
     spans, works = recorder.named(f"commit {topic}"), recorder.named("work")
     for span, work, answer in zip(spans, works, answers, strict=True):
         assert span.parent == work.context
-        failed = _client.error_type(answer) if isinstance(answer, Exception) else None
+        failed = _kafka.error_type(answer) if isinstance(answer, Exception) else None
         assert (span.attributes or {}).get("error.type") == failed
     assert consumer.committed(TopicPartition(topic, 0)) == 1
 
@@ -445,7 +445,7 @@ def test_where_kafka_python_lacks_the_methods_the_public_ones_are_traced(
     given: bool,
 ) -> None:
     # Stands for a version that is not out yet.
-    monkeypatch.setattr(_client, "_COMMITS", (*_client._COMMITS, "commit_offsets"))
+    monkeypatch.setattr(_kafka, "_COMMITS", (*_kafka._COMMITS, "commit_offsets"))
     instrument(commit_spans="all")
     clients.send(b"1", b"2")
     consumer = clients.consumer(group_id=topic)
@@ -527,9 +527,11 @@ def test_commits_whose_coordinator_is_not_found_are_not_kept(
 
     monkeypatch.setattr(ConsumerCoordinator, "lookup_coordinator", look_up)
 
-    def look_ups() -> list[LookUp]:
+    def look_ups() -> list[PendingCommit]:
         # `isinstance` would ask a weak proxy whose object is gone.
-        return [each for each in gc.get_objects() if issubclass(type(each), LookUp)]
+        return [
+            each for each in gc.get_objects() if issubclass(type(each), PendingCommit)
+        ]
 
     before = look_ups()
     offsets = committable(topic, 1)

@@ -26,7 +26,7 @@ from clients import (
 )
 from conformance import EVENTS, TRANSACTIONS, TYPES
 from conftest import Instrument
-from otel_kafka_python import _client, _config, _semconv, process_span
+from otel_kafka_python import _config, _kafka, _semconv, process_span
 from pages import PAGES, code_in, error_types, table
 from recorder import Recorder, attributes_of
 
@@ -261,8 +261,8 @@ def test_every_error_of_kafka_python_is_in_a_table_with_its_error_type() -> None
     }
     for name, cls in error_classes().items():
         error = cls.__new__(cls)  # some cannot be made without arguments
-        assert documented.get(name) == _client.error_type(error), name
-        assert numbers.get(name) in (None, _client._error_code(error)), name
+        assert documented.get(name) == _kafka.error_type(error), name
+        assert numbers.get(name) in (None, _kafka._error_code(error)), name
 
 
 def test_what_is_met_most_is_an_error_type() -> None:

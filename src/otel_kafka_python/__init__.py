@@ -8,31 +8,58 @@ or, with no change to the application, `opentelemetry-instrument python app.py`.
 
 The modules, from the outside in; each imports only from those below it:
 
-    _instrumentor   the instrumentor: keywords in, everything built, launcher hooks
-    _patches        the list of what is patched; the only import of wrapt
-    _producer       send spans, from the call to the broker's acknowledgement
-    _consumer       poll, next and iteration: receive spans
-    _settlement     commits, offsets sent to a transaction, ends of transactions
-    _processing     process spans: their parent, their scope, their end
-    _messages       what a span says of the messages that it accounts for
-    _operation      what operations are made from, and the one way they end
-    _propagation    headers in, headers out
-    _attributes     pure functions from facts to attributes and span names
-    _exceptions     where the exceptions that operations fail with are recorded
-    _metrics        the instruments, and whether anyone collects
-    _loops          whether a `for` statement is asking for the next record
-    _coexistence    what happens beside the contrib package
-    _own_metrics    kafka-python's own metrics, observed when they are collected
-    _client         kafka-python's insides and what differs between its versions
-    _config         the settings; the only reader of environment variables
-    _semconv        the names, and the release of the conventions they are from
-    _safety         how failures of telemetry are kept from the application
-    package         what OpenTelemetry's tooling reads
+    _instrumentor      the instrumentor: keywords in, everything built, launcher hooks
+    _patches           the table of what is patched; the only import of wrapt
+    _coexistence       what happens beside the contrib package
+    _producer          the send wrapper: from the call to the acknowledgement
+    _consumer          poll, next and iteration: receive spans
+    _commits           commits of offsets
+    _transactions      offsets sent to a transaction, ends of transactions
+    _processing        process spans: their scope, their parent, their end
+    _telemetry         what all wrappers share: settings, tracer, instruments
+    _operation         an operation, and the one way it ends
+    _endings           ends that nobody calls for: collector, fork, exit
+    _messages          what a span says of the messages that it accounts for
+    _propagation       headers in, headers out
+    _metrics           the instruments, and whether anyone collects
+    _client_metrics    the clients' own metrics, observed when they are collected
+    _exception_events  where the exceptions that operations fail with are recorded
+    _attributes        pure functions from facts to attributes and span names
+    _clients           the registry of living clients, and what is kept for each
+    _kafka             kafka-python's insides and version differences; no state
+    _config            the settings; the only reader of environment variables
+    _semconv           the names, and the release of the conventions they are from
+    _safety            how failures of telemetry are kept from the application
+    package            what OpenTelemetry's tooling reads
+
+An operation (a send, a poll, a commit, the processing of a record) lives so:
+
+    started ──fail──▶ started, with an error ──end──▶ ended
+       │                                               ▲
+       ├──end──────────────────────────────────────────┤
+       └──dropped──▶ deferred ──abandon────────────────┘
+
+and the scope of a process span so:
+
+    entered ──leave──▶ detached
+       │        └────▶ kept, while what the application made current in it lasts
+       └──close──▶ left and ended
+
+The words for ends mean the same everywhere:
+
+    fail       record why an operation fails; it goes on until its end
+    claim      win the right to end an operation, which only one can
+    end        end the span, measure the duration, count the messages
+    defer      note in a finaliser that an operation is to be abandoned
+    abandon    end an operation because nothing else will any more
+    leave      stop a scope from being current
+    detach     restore the context that was current before a scope
+    close      leave a scope and end its operation
 """
 
 from otel_kafka_python._config import ConsumeHook, ProduceHook
 from otel_kafka_python._instrumentor import KafkaPythonInstrumentor
-from otel_kafka_python._processing import process_span
+from otel_kafka_python._processing.process_span import process_span
 from otel_kafka_python.package import __version__
 
 __all__ = [

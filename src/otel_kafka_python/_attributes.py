@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from otel_kafka_python._client import plain
+from otel_kafka_python._kafka import ClientMetric, Server, plain
+from otel_kafka_python._safety import text_of
 from otel_kafka_python._semconv import (
+    ERROR_TYPE,
+    EXCEPTION_MESSAGE,
+    EXCEPTION_STACKTRACE,
+    EXCEPTION_TYPE,
     MESSAGING_CLIENT_ID,
     MESSAGING_CONSUMER_GROUP_NAME,
     MESSAGING_DESTINATION_NAME,
@@ -30,6 +36,11 @@ from otel_kafka_python._semconv import (
 Attributes = dict[str, Any]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_QUEUE_TIME_ATTRIBUTES = (
+    MESSAGING_DESTINATION_NAME,
+    MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_CONSUMER_GROUP_NAME,
+)
 _LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
@@ -55,7 +66,7 @@ def operation_attributes(
     topic: str | None,
     partition: int | None,
     group: str | None,
-    server: tuple[str, int] | None,
+    server: Server | None,
 ) -> Attributes:
     """What a span has at its creation and its duration metric carries, too."""
     address, port = server or (None, None)
@@ -80,11 +91,63 @@ def client_attributes(client_id: str | None, cluster_id: str | None) -> Attribut
     )
 
 
-def peer_attributes(peer: tuple[str, int] | None) -> Attributes:
+def without_operation_type(attributes: Attributes) -> Attributes:
+    """The attributes of what is measured or counted for one operation type only."""
+    return {k: v for k, v in attributes.items() if k != MESSAGING_OPERATION_TYPE}
+
+
+def peer_attributes(peer: Server | None) -> Attributes:
     """Which broker it was, if its address is known as an IP literal."""
-    if peer is None:
+    if peer is None or not peer.is_ip:
         return {}
-    return {NETWORK_PEER_ADDRESS: peer[0], NETWORK_PEER_PORT: peer[1]}
+    return {NETWORK_PEER_ADDRESS: peer.address, NETWORK_PEER_PORT: peer.port}
+
+
+def error_attributes(error_type: str) -> Attributes:
+    """`error.type` (Recording errors)."""
+    return {ERROR_TYPE: error_type}
+
+
+def exception_attributes(error: BaseException) -> Attributes:
+    """The attributes of an event of an exception (Exceptions in logs)."""
+    return {
+        EXCEPTION_TYPE: _qualified_name(type(error)),
+        EXCEPTION_MESSAGE: text_of(error),
+        EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
+    }
+
+
+def _qualified_name(cls: type[BaseException]) -> str:
+    if cls.__module__ == "builtins":
+        return cls.__qualname__
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def group_attributes(group: str | None) -> Attributes:
+    """The consumer group, if it is known."""
+    return without_absent({MESSAGING_CONSUMER_GROUP_NAME: group})
+
+
+def partition_attributes(partition: int | None) -> Attributes:
+    """The partition, if it is known."""
+    return without_absent({MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)})
+
+
+def queue_time_attributes(count_attributes: Attributes) -> Attributes:
+    """The attributes of the histogram of queue time, among those of counted records."""
+    return {
+        name: count_attributes[name]
+        for name in _QUEUE_TIME_ATTRIBUTES
+        if name in count_attributes
+    }
+
+
+def client_metric_attributes(
+    metric: ClientMetric, client_id: str | None, cluster_id: str | None
+) -> Attributes:
+    """The attributes of a client's own metric, named as the Java agent names them."""
+    of_client = {"client-id": client_id, MESSAGING_KAFKA_CLUSTER_ID: cluster_id}
+    return {**metric.tags, **without_absent(of_client)}
 
 
 def partition_id(partition: int | None) -> str | None:

@@ -14,11 +14,12 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider
 
-from otel_kafka_python import _coexistence, _config, _operation, _patches, _processing
+from otel_kafka_python import _coexistence, _config, _endings, _patches
 from otel_kafka_python._config import ConsumeHook, ProduceHook
-from otel_kafka_python._operation import Telemetry
 from otel_kafka_python._patches import Layer
+from otel_kafka_python._processing import process_span
 from otel_kafka_python._safety import report
+from otel_kafka_python._telemetry import Telemetry
 from otel_kafka_python.package import _instruments_any
 
 
@@ -152,25 +153,26 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     ) -> None:
         config = _config.load(settings)
         _coexistence.take_over()
-        telemetry = Telemetry(config, tracer_provider, meter_provider, logger_provider)
+        telemetry = Telemetry(
+            config,
+            tracer_provider,
+            meter_provider,
+            logger_provider,
+            on_new_client=_coexistence.take_over,
+        )
         self._layers = _patches.apply(telemetry)
         self._telemetry = telemetry
-        _processing.use(telemetry)
+        process_span.use(telemetry)
         # Exit handlers run last in, first out: this one before that of a provider
         # that was set before.
-        atexit.unregister(_operation.end_all)
-        atexit.register(_operation.end_all)
+        atexit.unregister(_endings.abandon_all)
+        atexit.register(_endings.abandon_all)
 
     def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
         if self._telemetry is not None:
-            self._telemetry.active = False
-            try:
-                for _, client in self._telemetry.clients.living():
-                    _processing.release(client)
-            except Exception:
-                report("leave the scopes of consumers")
+            self._telemetry.stop()
             self._telemetry = None
-        _processing.use(None)
+        process_span.use(None)
         _patches.revert(self._layers)
         self._layers = []
 

@@ -167,7 +167,7 @@ def describe(
             attributes[KAFKA_RECORD_QUEUE_TIME_MS] = round(seconds * 1e3)
 
 
-class Described(Mapping[str, Any]):
+class LazyAttributes(Mapping[str, Any]):
     """The attributes of a process span, put together once somebody asks for them.
 
     For a span that is not sampled mostly nobody asks.

@@ -17,7 +17,7 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
-from otel_kafka_python._own_metrics import Living, observe
+from otel_kafka_python._client_metrics import Living, observe
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,

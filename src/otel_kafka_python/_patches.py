@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import wrapt
 
-from otel_kafka_python import _client
+from otel_kafka_python import _kafka
+from otel_kafka_python._commits import CommitWrappers
 from otel_kafka_python._consumer import ConsumerWrappers
-from otel_kafka_python._operation import Telemetry
 from otel_kafka_python._producer import ProducerWrappers
-from otel_kafka_python._settlement import SettlementWrappers, TransactionWrappers
+from otel_kafka_python._telemetry import Telemetry
+from otel_kafka_python._transactions import TransactionWrappers
 
 Wrapper = Callable[..., Any]
 
@@ -56,39 +57,37 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
 
     producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
     yield KafkaProducer, "send", producer.send
-    futures = _client.record_future_class()
+    futures = _kafka.record_future_class()
     yield futures, "add_callback", producer.add_callback
     yield futures, "add_errback", producer.add_callback
 
     yield KafkaConsumer, "poll", consumer.poll
     yield KafkaConsumer, "__iter__", consumer.iterate
     yield KafkaConsumer, "__next__", consumer.advance
-    # It stands there now: whoever takes what is yielded puts it on at once.
-    consumer.next_layer = vars(KafkaConsumer)["__next__"]
     if telemetry.config.processes_next:
         yield KafkaConsumer, "close", consumer.close
 
-    settlement = SettlementWrappers(telemetry)
-    coordinator = _client.coordinator_class()
+    commits = CommitWrappers(telemetry)
+    coordinator = _kafka.coordinator_class()
     if coordinator is None:
-        yield KafkaConsumer, "commit", settlement.commit_sync
-        yield KafkaConsumer, "commit_async", settlement.commit_async
+        yield KafkaConsumer, "commit", commits.commit_sync
+        yield KafkaConsumer, "commit_async", commits.commit_async
     else:
-        yield coordinator, _client.COMMIT_SYNC, settlement.commit_sync
-        yield coordinator, _client.COMMIT_ASYNC, settlement.commit_async
-        yield coordinator, _client.REQUEST_ASYNC, settlement.request_async
-        yield coordinator, _client.AUTO_COMMIT_SYNC, settlement.auto_commit_sync
+        yield coordinator, _kafka.COMMIT_SYNC, commits.commit_sync
+        yield coordinator, _kafka.COMMIT_ASYNC, commits.commit_async
+        yield coordinator, _kafka.REQUEST_ASYNC, commits.request_async
+        yield coordinator, _kafka.AUTO_COMMIT_SYNC, commits.auto_commit_sync
     if coordinator is not None and telemetry.config.commit_spans == "all":
         for method, wrapper in (
-            (_client.FETCH_COMMITTED, settlement.fetch_committed),
-            (_client.FETCH_COMMITTED_COROUTINE, settlement.fetch_committed_coroutine),
-            (_client.COMMIT_COROUTINE, settlement.commit_coroutine),
+            (_kafka.FETCH_COMMITTED, commits.fetch_committed),
+            (_kafka.FETCH_COMMITTED_COROUTINE, commits.fetch_committed_coroutine),
+            (_kafka.COMMIT_COROUTINE, commits.commit_coroutine),
         ):
             if hasattr(coordinator, method):
                 yield coordinator, method, wrapper
 
     transactions = TransactionWrappers(telemetry)
-    for method in TransactionWrappers.METHODS:
+    for method in _kafka.TRANSACTION_METHODS:
         if hasattr(KafkaProducer, method):
             yield KafkaProducer, method, partial(transactions.call, method)
 

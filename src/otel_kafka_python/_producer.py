@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Token
 from typing import Any
 
@@ -17,46 +17,42 @@ from opentelemetry.trace import (
     get_current_span,
 )
 
-from otel_kafka_python import _client
+from otel_kafka_python import _kafka
 from otel_kafka_python._attributes import (
     Attributes,
     add_message,
     client_attributes,
     message_key,
-    partition_id,
+    partition_attributes,
     peer_attributes,
 )
-from otel_kafka_python._client import Client
 from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
-    Answered,
-    Facts,
-    Telemetry,
+    OperationTemplate,
+    PendingOperation,
     is_recorded,
 )
-from otel_kafka_python._processing import is_being_processed, same_span
+from otel_kafka_python._processing.scopes import is_being_processed
 from otel_kafka_python._propagation import (
     creation_context,
     inject,
     may_carry_context,
+    same_span,
 )
 from otel_kafka_python._safety import call_hook, report
-from otel_kafka_python._semconv import MESSAGING_DESTINATION_PARTITION_ID
+from otel_kafka_python._telemetry import Telemetry, TracedClient
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-# The position of `headers` among the arguments of `send`, in every version.
-_HEADERS = 3
 
-
-class Delivery(Answered):
+class Delivery(PendingOperation):
     """A message on its way to the broker; it is the callback of its future.
 
     Args:
-        facts: What was known of it in advance.
+        template: What was known of it in advance.
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
         client: The producer.
@@ -67,13 +63,13 @@ class Delivery(Answered):
 
     def __init__(
         self,
-        facts: Facts,
+        template: OperationTemplate,
         span: Span | None,
         started: int,
-        client: Client,
+        client: TracedClient,
         key: object,
     ) -> None:
-        super().__init__(facts, span, started)
+        super().__init__(template, span, started)
         self._client = client
         self._key = None if key is None else message_key(key)
         self._partition: Any = None
@@ -87,75 +83,66 @@ class Delivery(Answered):
             config: The settings.
         """
         try:
-            self._partition, size, error = _client.pending(future)
+            self._partition, size, error = _kafka.pending_send(future)
             if size == -1 or config.capture_message_size:
                 self._size = size
             if error is None:
-                _client.when_done(future, self)
+                _kafka.when_done(future, self)
             else:
-                self._failed(error, time.time_ns(), at_once=True)
+                self._end_failed(error, time.time_ns(), at_once=True)
         except Exception:
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
-            if self.claim():
-                self._finish(self._told(self.facts.told_later), None, None, 1)
+            self.end(self._known_attributes(), messages=1)
 
-    def raised(self, error: BaseException) -> None:
-        """End it with what the call raised: nothing was handed to the client."""
-        if self.claim():
-            self.fail(error)
-            self._finish(self._told(self.facts.told_later), None)
-
-    def _succeeded(self, metadata: Any, ended: int) -> None:
+    def _end_succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
-        known = self._of_answer(partition)
+        known = self._answer_attributes(partition)
         attributes = add_message({**known}, metadata.offset, self._key, self._size)
-        if self.claim():
-            self._finish(attributes, ended, partition, 1)
+        self.end(attributes, ended=ended, partition=partition, messages=1)
 
-    def _failed(
+    def _end_failed(
         self, error: BaseException, ended: int, *, at_once: bool = False
     ) -> None:
         if not self.claim():
             return
         self.fail(error)
         partition = self._partition if isinstance(self._partition, int) else None
-        known = self.facts.told_later
-        if partition is not None:
-            is_answer = not at_once and _client.is_answer(error)
-            known = (self._of_answer if is_answer else self._of_partition)(partition)
-        self._finish(self._told(known), ended, partition, 1)
+        if partition is not None and not at_once and _kafka.is_answer(error):
+            known = self._answer_attributes(partition)
+        else:
+            known = self._partition_attributes(partition)
+        attributes = add_message({**known}, None, self._key, self._size)
+        self.end_claimed(attributes, ended=ended, partition=partition, messages=1)
 
-    def _told(self, known: Attributes) -> Attributes:
-        """What the span of a failure says: what is known, and of the message."""
+    def _known_attributes(self) -> Attributes:
+        known = self.template.end_attributes
         return add_message({**known}, None, self._key, self._size)
 
-    def _of_partition(self, partition: int) -> Attributes:
-        """What is known of all messages to a partition."""
-        of_partition = {MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)}
-        return {**self.facts.told_later, **of_partition}
+    def _partition_attributes(self, partition: int | None) -> Attributes:
+        """The attributes of all messages to a partition."""
+        return {**self.template.end_attributes, **partition_attributes(partition)}
 
-    def _of_answer(self, partition: int) -> Attributes:
-        """What is known of all messages that a partition's leader has answered."""
-        client, facts = self._client, self.facts
+    def _answer_attributes(self, partition: int) -> Attributes:
+        """The attributes of all messages that a partition's leader has answered."""
+        client, template = self._client, self.template
         client.refresh()  # the leader may have changed on the way
-        key = facts.topic, partition, facts.tells_cluster
-        known: Attributes | None = client.answers.get(key)
+        key = template.topic, partition, template.knows_cluster
+        known = client.answer_attributes.get(key)
         if known is None:
-            known = client.answers[key] = self._learn(partition)
+            known = client.answer_attributes[key] = self._leader_attributes(partition)
         return known
 
-    def _learn(self, partition: int) -> Attributes:
-        """What the metadata says of all messages that a leader has answered."""
-        known = self._of_partition(partition)
-        client, topic = self._client, self.facts.topic
+    def _leader_attributes(self, partition: int) -> Attributes:
+        """The attributes that the metadata has for what a leader has answered."""
+        known = self._partition_attributes(partition)
+        client, topic = self._client, self.template.topic
         try:
             # The cluster may not have been known when it was sent.
-            if not self.facts.tells_cluster:
+            if not self.template.knows_cluster:
                 known.update(client_attributes(None, client.cluster_id))
             leader = None if topic is None else client.leader(topic, partition)
-            if leader is not None and leader.is_ip:
-                known.update(peer_attributes(leader))
+            known.update(peer_attributes(leader))
         except Exception:
             report("read the metadata of a producer")
         return known
@@ -164,8 +151,12 @@ class Delivery(Answered):
         """End it without knowing whether the message has arrived."""
         if self.claim():
             self.fail(None)
-            known = self._told(self.facts.told_later)
-            self._finish(known, ended, self._partition, 1)
+            self.end_claimed(
+                self._known_attributes(),
+                ended=ended,
+                partition=self._partition,
+                messages=1,
+            )
 
 
 class _InContext:
@@ -226,7 +217,7 @@ class ProducerWrappers:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
             if delivery is not None:
-                delivery.raised(error)
+                delivery.end_with(error)
             raise
         if delivery is not None:
             delivery.follow(future, self._telemetry.config)
@@ -264,46 +255,41 @@ class ProducerWrappers:
         context = get_current()
         # What makes no sense, and a topic that is missing, kafka-python complains of.
         try:
-            topic, key, headers, partition = _client.send_arguments(*args, **kwargs)
+            topic, key, headers, partition = _kafka.send_arguments(*args, **kwargs)
         except TypeError:
             return None, args, kwargs
         if topic is None or not telemetry.may_begin(context):
             return None, args, kwargs
         client = telemetry.clients.get(instance)
-        facts = telemetry.facts(client, SEND, topic, partition)
-        if facts is None:
+        template = telemetry.template(client, SEND, topic, partition)
+        if template is None:
             return None, args, kwargs
         started = time.time_ns()
         kept = None if headers is None else self._kept_context(headers, context)
-        propagates = kept is None and facts.propagates
+        injects = kept is None and template.injects
         if not config.capture_message_key:
             key = None
         span = delivery = None
         if config.send_spans:
             span = telemetry.start_span(
-                facts,
-                SpanKind.PRODUCER if propagates else SpanKind.CLIENT,
+                template,
+                SpanKind.PRODUCER if injects else SpanKind.CLIENT,
                 started,
-                (  # mostly not to copy them saves 0.2 µs
-                    self._attributes(facts, key, headers)
-                    if config.capture_headers or hook
-                    else facts.attributes
-                ),
+                self._attributes(template, key, headers),
                 context,
                 () if kept is None else (Link(kept),),
             )
-        # An end that nobody would know of needs no callback. Not to ask a span that is
-        # nothing saves 0.2 µs.
-        if (span is not INVALID_SPAN and is_recorded(span)) or facts.is_told_anyway:
-            told_later = key if hook is None else None
-            delivery = Delivery(facts, span, started, client, told_later)
+        # An end that nobody would know of needs no callback.
+        if (span is not INVALID_SPAN and is_recorded(span)) or template.observes_end:
+            end_key = key if hook is None else None
+            delivery = Delivery(template, span, started, client, end_key)
         if hook is not None and span is not None:
             self._call_hook(hook, span, delivery, args, kwargs)
-            headers = _client.argument(args, kwargs, _HEADERS, "headers")
+            headers = _kafka.send_headers(args, kwargs)
         # Without an SDK there is mostly nothing to inject: saves 2 µs.
         if span is INVALID_SPAN:
             span = None
-        if propagates and (context or span is not None):
+        if injects and (context or span is not None):
             args, kwargs = _with_context(args, kwargs, headers, context, span)
         return delivery, args, kwargs
 
@@ -319,15 +305,20 @@ class ProducerWrappers:
             call_hook("produce_hook", hook, span, args, kwargs)
         except BaseException as error:  # the user's, who wants to end it all
             if delivery is not None:
-                delivery.raised(error)
+                delivery.end_with(error)
             raise
 
-    def _attributes(self, facts: Facts, key: object, headers: Any) -> Attributes:
+    def _attributes(
+        self, template: OperationTemplate, key: object, headers: Any
+    ) -> Mapping[str, Any]:
         """What the span has at its creation.
 
         Samplers may decide by it, and a hook may replace it: then that is to stay.
         """
-        config, attributes = self._telemetry.config, facts.attributes.copy()
+        config = self._telemetry.config
+        if not (config.capture_headers or config.produce_hook):
+            return template.attributes
+        attributes = template.attributes.copy()
         if config.capture_headers:
             attributes.update(captured_headers(config, headers))
         if config.produce_hook is not None and key is not None:
@@ -367,6 +358,4 @@ def _with_context(
         return args, kwargs
     if injected is headers:
         return args, kwargs
-    if len(args) > _HEADERS:
-        return (*args[:_HEADERS], injected, *args[_HEADERS + 1 :]), kwargs
-    return args, {**kwargs, "headers": injected}
+    return _kafka.with_headers(args, kwargs, injected)

@@ -147,6 +147,16 @@ def _read(headers: Any) -> tuple[Context | None, SpanContext | None]:
     return context, found if found.is_valid else None
 
 
+def same_span(one: SpanContext | None, other: SpanContext | None) -> bool:
+    """Whether two span contexts name the same span, and one at all."""
+    return (
+        one is not None
+        and other is not None
+        and one.trace_id == other.trace_id
+        and one.span_id == other.span_id
+    )
+
+
 def has_propagators() -> bool:
     """Whether any propagator is configured that writes headers."""
     return bool(_propagators().names)

@@ -7,7 +7,6 @@ They are events of their spans, as people expect, and log events where
 from __future__ import annotations
 
 import time
-import traceback
 
 from opentelemetry._logs import (
     Logger,
@@ -18,18 +17,13 @@ from opentelemetry._logs import (
 )
 from opentelemetry.trace import Span, set_span_in_context
 
+from otel_kafka_python._attributes import exception_attributes
 from otel_kafka_python._config import Config
-from otel_kafka_python._safety import text_of
-from otel_kafka_python._semconv import (
-    EXCEPTION_MESSAGE,
-    EXCEPTION_STACKTRACE,
-    EXCEPTION_TYPE,
-    SCHEMA_URL,
-)
+from otel_kafka_python._semconv import SCHEMA_URL
 from otel_kafka_python.package import __version__
 
 
-class Exceptions:
+class ExceptionEvents:
     """Records exceptions (Recording exceptions).
 
     Args:
@@ -79,16 +73,6 @@ class Exceptions:
                 severity_text=severity.name,
                 severity_number=severity,
                 event_name=f"messaging.{operation_type}.exception",
-                attributes={
-                    EXCEPTION_TYPE: _qualified_name(type(error)),
-                    EXCEPTION_MESSAGE: text_of(error),
-                    EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
-                },
+                attributes=exception_attributes(error),
             )
         )
-
-
-def _qualified_name(cls: type[BaseException]) -> str:
-    if cls.__module__ == "builtins":
-        return cls.__qualname__
-    return f"{cls.__module__}.{cls.__qualname__}"

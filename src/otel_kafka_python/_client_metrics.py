@@ -15,10 +15,10 @@ from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
-from otel_kafka_python import _client
-from otel_kafka_python._client import Client, OwnMetric
+from otel_kafka_python import _kafka
+from otel_kafka_python._attributes import client_metric_attributes
+from otel_kafka_python._clients import Client
 from otel_kafka_python._safety import report
-from otel_kafka_python._semconv import MESSAGING_KAFKA_CLUSTER_ID
 
 _OF_CONNECTIONS = (
     *("connection-close-rate", "connection-count", "connection-creation-rate"),
@@ -103,7 +103,7 @@ def _observations(
     instance: Any, client: Client, kind: str, name: str
 ) -> list[Observation]:
     try:
-        if _client.kind_of(instance) == kind:
+        if _kafka.kind_of(instance) == kind:
             return list(_read(instance, client, kind, name))
     except Exception:
         report("read the metrics of a client")
@@ -112,25 +112,19 @@ def _observations(
 
 def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Observation]:
     if name == "records-lag":
-        found = _client.record_lags(instance)
+        found = _kafka.record_lags(instance)
     else:
-        found = _client.own_metrics(instance, kind, name)
+        found = _kafka.client_metrics(instance, kind, name)
     # Where there is one for each topic or node, what sums these up would be counted
     # twice.
     most = max((len(each.tags) for each in found), default=0)
     for each in found:
         if len(each.tags) == most and math.isfinite(each.value):
             value = each.value * 1e3 if name in _IN_SECONDS else each.value
-            yield Observation(value, _attributes(each, client))
-
-
-def _attributes(metric: OwnMetric, client: Client) -> dict[str, str]:
-    attributes = dict(metric.tags)
-    if client.client_id is not None:
-        attributes["client-id"] = client.client_id
-    if client.cluster_id is not None:
-        attributes[MESSAGING_KAFKA_CLUSTER_ID] = client.cluster_id
-    return attributes
+            attributes = client_metric_attributes(
+                each, client.client_id, client.cluster_id
+            )
+            yield Observation(value, attributes)
 
 
 _by_provider: weakref.WeakKeyDictionary[Any, ClientMetrics] = (

@@ -1,4 +1,4 @@
-"""Settlement: commits, offsets sent to a transaction, ends of transactions.
+"""Commits of offsets.
 
 Consumers commit in many ways: by `commit` and `commit_async`, on the way of a poll,
 before a rebalance, at `close`. All of them meet in the consumer's coordinator, which
@@ -16,23 +16,16 @@ from typing import Any
 
 from opentelemetry.trace import Span, SpanKind
 
-from otel_kafka_python import _client
+from otel_kafka_python import _kafka
 from otel_kafka_python._attributes import (
     Attributes,
     add_message,
     peer_attributes,
 )
 from otel_kafka_python._messages import shared
-from otel_kafka_python._operation import (
-    COMMIT,
-    Answered,
-    Facts,
-    Kind,
-    Operation,
-    Telemetry,
-)
+from otel_kafka_python._operation import COMMIT, OperationTemplate, PendingOperation
 from otel_kafka_python._safety import report
-from otel_kafka_python._semconv import MESSAGING_CONSUMER_GROUP_NAME
+from otel_kafka_python._telemetry import Telemetry
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -41,27 +34,27 @@ Offsets = dict[tuple[str, int], int]
 
 
 @dataclass(slots=True)
-class _State:
+class CommitLedger:
     """What is known of the commits of one consumer."""
 
     # What the broker has, as far as this consumer has read or committed it.
     committed: Offsets = field(default_factory=dict)
     # Those whose request has not been made: the coordinator is still looked up, on
     # another thread perhaps, and the request is made there.
-    waiting: list[LookUp] = field(default_factory=list)
+    waiting: list[PendingCommit] = field(default_factory=list)
     # While threads commit and wait: what each does.
     in_sync: dict[object, Any] = field(default_factory=dict)
     # The thread whose next commit is one that nobody asked for.
     auto_thread: int | None = None
 
-    def take(self, offsets: Any) -> Settlement | None:
+    def take(self, offsets: Any) -> Commit | None:
         """The first that waits with these very offsets; it waits no longer."""
         for entry in list(self.waiting):
-            if entry.offsets is offsets and self.drop(entry):
-                return entry.settlement
+            if entry.offsets is offsets and self.remove(entry):
+                return entry.commit
         return None
 
-    def drop(self, entry: LookUp) -> bool:
+    def remove(self, entry: PendingCommit) -> bool:
         """Whether it has waited until now."""
         try:
             self.waiting.remove(entry)
@@ -70,21 +63,21 @@ class _State:
         return True
 
 
-class LookUp:
+class PendingCommit:
     """A commit whose coordinator is looked up; it is the callback of that future.
 
     Args:
-        state: The state of the consumer's commits.
+        ledger: The ledger of the consumer's commits.
         offsets: The offsets, as the application gave them.
-        settlement: The commit.
+        commit: The commit.
     """
 
-    __slots__ = ("_state", "offsets", "settlement")
+    __slots__ = ("_ledger", "commit", "offsets")
 
-    def __init__(self, state: _State, offsets: Any, settlement: Settlement) -> None:
-        self._state = state
+    def __init__(self, ledger: CommitLedger, offsets: Any, commit: Commit) -> None:
+        self._ledger = ledger
         self.offsets = offsets
-        self.settlement = settlement
+        self.commit = commit
 
     def __call__(self, outcome: Any) -> None:
         """Receive the coordinator or the exception: the request has been made or not.
@@ -92,43 +85,43 @@ class LookUp:
         Once it has been made, its own answer ends the commit. Where kafka-python
         lacks what makes it, this is the answer.
         """
-        if self._state.drop(self):
-            self.settlement(outcome)
+        if self._ledger.remove(self):
+            self.commit(outcome)
 
 
-class Settlement(Answered):
+class Commit(PendingOperation):
     """A commit, until the coordinator's answer.
 
     Args:
-        facts: What was known of it in advance.
+        template: What was known of it in advance.
         span: Its span, or None if it is only measured.
         started: When it started, in nanoseconds since the epoch.
         coordinator: The coordinator of the consumer.
-        state: The state of the consumer's commits.
+        ledger: The ledger of the consumer's commits.
         offsets: What is committed.
     """
 
-    __slots__ = ("_coordinator", "_offsets", "_state")
+    __slots__ = ("_coordinator", "_ledger", "_offsets")
 
     def __init__(
         self,
-        facts: Facts,
+        template: OperationTemplate,
         span: Span | None,
         started: int,
         coordinator: Any,
-        state: _State,
+        ledger: CommitLedger,
         offsets: Offsets,
     ) -> None:
-        super().__init__(facts, span, started)
+        super().__init__(template, span, started)
         self._coordinator = weakref.ref(coordinator)
-        self._state = state
+        self._ledger = ledger
         self._offsets = offsets
-        state.committed.update(offsets)
+        ledger.committed.update(offsets)
 
-    def follow(self, future: Any, look_up: LookUp | None = None) -> None:
+    def follow(self, future: Any, pending: PendingCommit | None = None) -> None:
         """Wait for the answer, or first for the look-up of the coordinator."""
         try:
-            _client.when_done(future, look_up or self)
+            _kafka.when_done(future, pending or self)
         except Exception:
             report("follow a commit")
             self.end()
@@ -136,31 +129,31 @@ class Settlement(Answered):
     def fail(self, error: BaseException | None) -> None:
         """Record why it fails: what the broker has now is not known."""
         for partition in self._offsets:
-            self._state.committed.pop(partition, None)
+            self._ledger.committed.pop(partition, None)
         super().fail(error)
 
-    def _succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
-        if self.claim():
-            self._finish(self._peer(), ended)
+    def _end_succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
+        self.end(self._peer_attributes(), ended=ended)
 
-    def _failed(self, error: BaseException, ended: int) -> None:
+    def _end_failed(self, error: BaseException, ended: int) -> None:
         if self.claim():
             self.fail(error)
-            self._finish(self._peer() if _client.is_answer(error) else {}, ended)
+            is_answer = _kafka.is_answer(error)
+            self.end_claimed(self._peer_attributes() if is_answer else {}, ended=ended)
 
-    def _peer(self) -> Attributes:
+    def _peer_attributes(self) -> Attributes:
         try:
             coordinator = self._coordinator()
             broker = None
             if coordinator is not None:
-                broker = _client.coordinator_broker(coordinator)
-            return peer_attributes(broker if broker and broker.is_ip else None)
+                broker = _kafka.coordinator_broker(coordinator)
+            return peer_attributes(broker)
         except Exception:
             report("read the coordinator of a group")
             return {}
 
 
-class SettlementWrappers:
+class CommitWrappers:
     """The wrappers of what consumers commit by.
 
     Where kafka-python lacks the methods of the coordinator, `commit_sync` and
@@ -172,7 +165,7 @@ class SettlementWrappers:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        self._states: weakref.WeakKeyDictionary[Any, _State] = (
+        self._ledgers: weakref.WeakKeyDictionary[Any, CommitLedger] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -180,90 +173,90 @@ class SettlementWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap a commit that waits for the answer ("Settle" spans)."""
-        state = self._state(instance)
-        auto = state.auto_thread == threading.get_ident()
+        ledger = self._ledger(instance)
+        auto = ledger.auto_thread == threading.get_ident()
         if auto:
             # What the application's callbacks commit in it is asked for.
-            state.auto_thread = None
-        settlement = self._begin(instance, state, args, kwargs, auto=auto)
+            ledger.auto_thread = None
+        commit = self._begin(instance, ledger, args, kwargs, auto=auto)
         token = object()
-        state.in_sync[token] = _offsets(args, kwargs)
+        ledger.in_sync[token] = _kafka.offsets_argument(args, kwargs)
         try:
             result = wrapped(*args, **kwargs)
         except BaseException as error:
-            if settlement is not None:
-                settlement(error)
+            if commit is not None:
+                commit(error)
             raise
         finally:
-            del state.in_sync[token]
-        if settlement is not None:
-            settlement(None)
+            del ledger.in_sync[token]
+        if commit is not None:
+            commit(None)
         return result
 
     def commit_async(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap a commit that returns a future ("Settle" spans)."""
-        state = self._state(instance)
-        auto = _client.is_auto_commit(instance, args, kwargs)
-        settlement = self._begin(instance, state, args, kwargs, auto=auto)
-        if settlement is None:
+        ledger = self._ledger(instance)
+        auto = _kafka.is_auto_commit(instance, args, kwargs)
+        commit = self._begin(instance, ledger, args, kwargs, auto=auto)
+        if commit is None:
             return wrapped(*args, **kwargs)
-        look_up = LookUp(state, _offsets(args, kwargs), settlement)
-        state.waiting.append(look_up)
+        pending = PendingCommit(ledger, _kafka.offsets_argument(args, kwargs), commit)
+        ledger.waiting.append(pending)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
-            state.drop(look_up)
-            settlement.raised(error)
+            ledger.remove(pending)
+            commit.end_with(error)
             raise
-        if look_up in state.waiting:
-            settlement.follow(future, look_up)
+        if pending in ledger.waiting:
+            commit.follow(future, pending)
         return future
 
     def request_async(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap what makes the request of a `commit_async`, now or later."""
-        settlement = self._state(instance).take(_offsets(args, kwargs))
-        if settlement is None:
+        commit = self._ledger(instance).take(_kafka.offsets_argument(args, kwargs))
+        if commit is None:
             return wrapped(*args, **kwargs)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
-            settlement.raised(error)
+            commit.end_with(error)
             raise
-        settlement.follow(future)
+        commit.follow(future)
         return future
 
     def auto_commit_sync(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap what commits at `close` and, up to 2.3, before a rebalance."""
-        state = self._state(instance)
-        state.auto_thread = threading.get_ident()
+        ledger = self._ledger(instance)
+        ledger.auto_thread = threading.get_ident()
         try:
             return wrapped(*args, **kwargs)
         finally:
-            state.auto_thread = None
+            ledger.auto_thread = None
 
     async def commit_coroutine(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap what commits before a rebalance since 3.0."""
-        state = self._state(instance)
-        settlement = None
-        offsets = _offsets(args, kwargs)
-        if all(each is not offsets for each in list(state.in_sync.values())):
-            settlement = self._begin(instance, state, args, kwargs, auto=True)
+        ledger = self._ledger(instance)
+        commit = None
+        offsets = _kafka.offsets_argument(args, kwargs)
+        if all(each is not offsets for each in list(ledger.in_sync.values())):
+            commit = self._begin(instance, ledger, args, kwargs, auto=True)
         try:
             result = await wrapped(*args, **kwargs)
         except BaseException as error:
-            if settlement is not None:
-                settlement(error)
+            if commit is not None:
+                commit(error)
             raise
-        if settlement is not None:
-            settlement(None)
+        if commit is not None:
+            commit(None)
         return result
 
     def fetch_committed(
@@ -282,74 +275,76 @@ class SettlementWrappers:
         self._note(instance, committed)
         return committed
 
-    def _state(self, instance: Any) -> _State:
+    def _ledger(self, instance: Any) -> CommitLedger:
         try:
-            state = self._states.get(instance)
-            if state is None:
-                state = self._states[instance] = _State()
-            return state
+            ledger = self._ledgers.get(instance)
+            if ledger is None:
+                ledger = self._ledgers[instance] = CommitLedger()
+            return ledger
         except Exception:
-            report("keep the state of a consumer's commits")
-            return _State()
+            report("keep the ledger of a consumer's commits")
+            return CommitLedger()
 
     def _note(self, instance: Any, committed: Any) -> None:
         try:
-            self._state(instance).committed.update(
-                _client.offsets_by_partition(committed)
+            self._ledger(instance).committed.update(
+                _kafka.offsets_by_partition(committed)
             )
         except Exception:
             report("read committed offsets")
 
     def _begin(
-        self, instance: Any, state: _State, args: Args, kwargs: Kwargs, *, auto: bool
-    ) -> Settlement | None:
+        self,
+        instance: Any,
+        ledger: CommitLedger,
+        args: Args,
+        kwargs: Kwargs,
+        *,
+        auto: bool,
+    ) -> Commit | None:
         try:
-            offsets = _offsets(args, kwargs)
+            offsets = _kafka.offsets_argument(args, kwargs)
             if self._telemetry.may_begin():
-                return self._start(instance, state, offsets, auto=auto)
+                return self._start(instance, ledger, offsets, auto=auto)
             # What is suppressed moves the offsets, too.
-            state.committed.update(_client.offsets_by_partition(offsets))
+            ledger.committed.update(_kafka.offsets_by_partition(offsets))
         except Exception:
             report("trace a commit")
         return None
 
     def _start(
-        self, instance: Any, state: _State, given: Any, *, auto: bool
-    ) -> Settlement | None:
+        self, instance: Any, ledger: CommitLedger, given: Any, *, auto: bool
+    ) -> Commit | None:
         telemetry, config = self._telemetry, self._telemetry.config
         if auto and config.commit_spans != "all":
             return None
         client = telemetry.clients.get(instance)
         offsets = {
             partition: offset
-            for partition, offset in _client.offsets_by_partition(given).items()
-            if telemetry.facts(client, COMMIT, *partition) is not None
+            for partition, offset in _kafka.offsets_by_partition(given).items()
+            if telemetry.template(client, COMMIT, *partition) is not None
         }
         # Only a consumer's own `commit` may leave it to the client what to commit.
         if not offsets and given is not None:
             return None
         if auto and all(
-            state.committed.get(partition) == offset
+            ledger.committed.get(partition) == offset
             for partition, offset in offsets.items()
         ):
             return None
         topic, partition = shared(offsets)
-        facts = telemetry.facts(client, COMMIT, topic, partition)
-        if facts is None:
+        template = telemetry.template(client, COMMIT, topic, partition)
+        if template is None:
             return None
         started = time.time_ns()
         span = None
         if config.commit_spans != "none":
-            attributes = facts.attributes | _attributes(partition, offsets)
-            span = telemetry.start_span(facts, SpanKind.CLIENT, started, attributes)
-        return Settlement(facts, span, started, instance, state, offsets)
+            attributes = template.attributes | _offset_attributes(partition, offsets)
+            span = telemetry.start_span(template, SpanKind.CLIENT, started, attributes)
+        return Commit(template, span, started, instance, ledger, offsets)
 
 
-def _offsets(args: Args, kwargs: Kwargs) -> Any:
-    return _client.argument(args, kwargs, 0, "offsets")
-
-
-def _attributes(partition: int | None, offsets: Offsets) -> Attributes:
+def _offset_attributes(partition: int | None, offsets: Offsets) -> Attributes:
     """What belongs to the partition, where there is one."""
     if partition is None:
         return {}
@@ -357,69 +352,3 @@ def _attributes(partition: int | None, offsets: Offsets) -> Attributes:
     # Kafka's committed offset is that of the record to go on with; the
     # convention's, that of the last record that the commit covers.
     return add_message({}, offset - 1)
-
-
-class TransactionWrappers:
-    """The wrappers of the producer's methods that settle a transaction (2.2 and later).
-
-    The convention says nothing of transactions: these spans are our own.
-
-    Args:
-        telemetry: What the instrumentation works with.
-    """
-
-    METHODS = (
-        "send_offsets_to_transaction",
-        "commit_transaction",
-        "abort_transaction",
-    )
-
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
-
-    def call(
-        self, method: str, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
-    ) -> Any:
-        """Wrap one of `METHODS`."""
-        operation = None
-        try:
-            if self._telemetry.may_begin():
-                operation = self._start(method, instance, args, kwargs)
-        except Exception:
-            report("trace a transaction")
-        try:
-            result = wrapped(*args, **kwargs)
-        except BaseException as error:
-            if operation is not None:
-                operation.fail(error)
-                operation.end()
-            raise
-        if operation is not None:
-            operation.end()
-        return result
-
-    def _start(
-        self, method: str, instance: Any, args: Args, kwargs: Kwargs
-    ) -> Operation | None:
-        telemetry = self._telemetry
-        if telemetry.config.commit_spans == "none":
-            return None
-        client = telemetry.clients.get(instance)
-        attributes: Attributes = {}
-        if method == "send_offsets_to_transaction":
-            partitions = _client.offsets_by_partition(_offsets(args, kwargs))
-            if partitions and not any(
-                telemetry.facts(client, COMMIT, *partition) for partition in partitions
-            ):
-                return None
-            group = _client.transaction_group(args, kwargs)
-            if group is not None:
-                attributes[MESSAGING_CONSUMER_GROUP_NAME] = group
-        facts = telemetry.facts(client, Kind(method, None), None, None)
-        if facts is None:
-            return None
-        started = time.time_ns()
-        span = telemetry.start_span(
-            facts, SpanKind.CLIENT, started, facts.attributes | attributes
-        )
-        return Operation(facts, span, started)

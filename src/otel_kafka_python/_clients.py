@@ -1,0 +1,140 @@
+"""The registry of living clients, and what is known of each."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from otel_kafka_python import _kafka
+from otel_kafka_python._kafka import Server
+from otel_kafka_python._safety import report
+
+
+class Client:
+    """What is known of one producer or consumer; it does not keep that alive.
+
+    Args:
+        client_id: Its `client_id`, if it has one.
+        group: Its consumer group, if it is in one.
+        bootstrap: The first of its bootstrap servers, if it has any.
+        sends_headers: Whether its broker takes records with headers.
+        cluster: Gives kafka-python's ClusterMetadata of it, or None.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_cluster",
+        "_refreshed",
+        "bootstrap",
+        "client_id",
+        "group",
+        "instance",
+        "sends_headers",
+    )
+
+    def __init__(
+        self,
+        client_id: str | None = None,
+        group: str | None = None,
+        bootstrap: Server | None = None,
+        *,
+        sends_headers: bool = True,
+        cluster: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.client_id = client_id
+        self.group = group
+        self.bootstrap = bootstrap
+        self.sends_headers = sends_headers
+        # Gives the producer or consumer, or None.
+        self.instance: Callable[[], Any] = lambda: None
+        self._cluster = cluster
+        self._refreshed: object = None
+
+    def refresh(self) -> bool:
+        """Forget what was derived from metadata that has been refreshed since.
+
+        Returns:
+            Whether it has been.
+        """
+        refreshed = _kafka.last_refresh(self._cluster())
+        if refreshed == self._refreshed:
+            return False
+        self._refreshed = refreshed
+        self.forget()
+        return True
+
+    def forget(self) -> None:
+        """Drop what was derived from the metadata."""
+
+    @property
+    def cluster_id(self) -> str | None:
+        """The cluster's id from its metadata (2.1 and later)."""
+        return _kafka.cluster_id(self._cluster())
+
+    def leader(self, topic: str, partition: int | None) -> Server | None:
+        """The leader of a partition, if the client's metadata knows it."""
+        return _kafka.leader(self._cluster(), topic, partition)
+
+
+ClientT = TypeVar("ClientT", bound=Client)
+
+
+class Clients(Generic[ClientT]):
+    """The client of each live producer and consumer.
+
+    Args:
+        make: The class of the clients.
+        on_new: Called when a producer or consumer is met for the first time.
+    """
+
+    def __init__(
+        self, make: type[ClientT], on_new: Callable[[], object] = lambda: None
+    ) -> None:
+        self._make = make
+        self._on_new = on_new
+        # By identity, for as long as they live. A WeakKeyDictionary would cost half a
+        # microsecond a message.
+        self._known: dict[int, ClientT] = {}
+
+    def living(self) -> list[tuple[Any, ClientT]]:
+        """All producers and consumers that are alive, each with its client."""
+        # Other threads may add to them meanwhile: they are copied at once.
+        found = [(client.instance(), client) for client in list(self._known.values())]
+        return [each for each in found if each[0] is not None]
+
+    def get(self, instance: Any) -> ClientT:
+        """The client, up to date with its metadata; an empty one if that fails.
+
+        Args:
+            instance: A producer, a consumer, or a consumer's coordinator.
+        """
+        try:
+            client = self._known.get(id(instance)) or self._meet(instance)
+            if client.refresh():
+                client.sends_headers = _kafka.sends_headers(instance)
+        except Exception:
+            report("read the configuration of a client")
+            # Its broker may be one that would refuse headers.
+            return self._make(sends_headers=False)
+        return client
+
+    def unknown(self) -> ClientT:
+        """A client of which nothing is known."""
+        return self._make()
+
+    def _meet(self, instance: Any) -> ClientT:
+        self._on_new()
+        key = id(instance)
+        settings = _kafka.settings(instance)
+        client = self._make(
+            settings.client_id,
+            settings.group,
+            settings.bootstrap,
+            sends_headers=_kafka.sends_headers(instance),
+            cluster=settings.cluster,
+        )
+        # Called back before its memory, and so its identity, can be another's.
+        client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))
+        self._known[key] = client
+        return client

@@ -1,0 +1,102 @@
+"""The ends that nobody calls for: dropped by the collector, forked, at the exit.
+
+A finaliser must not end an operation itself: a collection can strike while this
+thread is inside the SDK, whose locks are not reentrant. It defers the operation,
+and the next one that begins, or the interpreter's exit, abandons it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+
+# One object for each process, so that a forked child knows what is not its own.
+_process = object()
+
+
+class Endable:
+    """Something that has begun in this process and ends once."""
+
+    __slots__ = ("_process", "ended")
+
+    def __init__(self) -> None:
+        self._process = _process
+        # Whether somebody has ended it, or is about to.
+        self.ended = False
+
+    def is_of_this_process(self) -> bool:
+        """Whether it began here, and not in the process that this one is forked from.
+
+        The parent ends what it has begun.
+        """
+        return self._process is _process
+
+    def abandon(self, ended: int) -> None:
+        """End it because nothing else will any more.
+
+        Args:
+            ended: When that was found out, in nanoseconds since the epoch.
+        """
+        raise NotImplementedError
+
+
+# The operations that finalisers found without an end, and when.
+deferred: deque[tuple[Endable, int]] = deque()
+
+# The thread on which the garbage collector runs now.
+_collecting: int | None = None
+
+
+def is_collecting() -> bool:
+    """Whether the garbage collector runs on this thread now."""
+    return _collecting == threading.get_ident()
+
+
+def _on_collection(phase: str, _info: Mapping[str, int]) -> None:
+    global _collecting  # noqa: PLW0603 (there is one collector)
+    _collecting = threading.get_ident() if phase == "start" else None
+
+
+gc.callbacks.append(_on_collection)
+
+
+def defer(operation: Endable) -> None:
+    """Have an operation that was dropped abandoned later; safe in a finaliser."""
+    if not operation.ended and operation.is_of_this_process():
+        deferred.append((operation, time.time_ns()))
+
+
+def abandon_deferred() -> None:
+    """Abandon the operations that finalisers have deferred."""
+    while deferred:
+        try:
+            operation, ended = deferred.popleft()
+        except IndexError:  # another thread was faster
+            return
+        operation.abandon(ended)
+
+
+def abandon_all() -> None:
+    """Abandon all operations, because the interpreter exits."""
+    abandon_deferred()
+    gc.unfreeze()  # the collector does not list frozen objects
+    # Asking the garbage collector for them costs nothing until now, which a
+    # register of all messages in flight would.
+    ended = time.time_ns()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Endable):
+            thing.abandon(ended)
+
+
+def _after_fork_in_child() -> None:
+    global _process  # noqa: PLW0603 (it is the process's)
+    _process = object()
+    deferred.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,230 @@
+"""What stands between a loop and the records; the held record of `next`."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+from opentelemetry import context as otel_context
+
+from otel_kafka_python import _endings
+from otel_kafka_python._messages import Record
+from otel_kafka_python._processing.loops import Asker, asker_at, is_loop
+from otel_kafka_python._processing.scopes import (
+    Scope,
+    context_for_left,
+    detach_left,
+)
+from otel_kafka_python._processing.spans import open_unless_in_scope
+from otel_kafka_python._safety import report
+from otel_kafka_python._telemetry import Telemetry, TracedClient
+
+
+class ScopedIterator:
+    """An iterator over records that opens a scope for each that a loop asks for.
+
+    It must not be part of a reference cycle: that it is dropped is how the end of
+    the loop is noticed.
+    """
+
+    __slots__ = ("_asked_at", "_asked_in", "_asker", "_scope")
+
+    def __init__(self) -> None:
+        self._scope: Scope | None = None
+        self._asked_in: CodeType | None = None
+        self._asked_at = -1
+        self._asker = Asker.OTHER
+
+    def __iter__(self) -> Iterator[Record]:
+        return self
+
+    def __next__(self) -> Record:
+        scope = self._scope
+        if scope is not None:
+            self._scope = None
+            scope.close()
+        try:
+            record = self._advance()
+            try:
+                self._hand_over(record, self._is_asked_by_loop())
+            except Exception:
+                report("trace the processing of a record")
+            return record
+        finally:
+            # An exception that is kept keeps the frames it was raised under, and
+            # kafka-python 3.0 keeps those of waits that time out: let none keep this.
+            del self
+
+    def _is_asked_by_loop(self) -> bool:
+        # The frame that called `__next__`. A loop asks from one place again and
+        # again, so the last answer nearly always holds.
+        try:
+            frame: FrameType = sys._getframe(2)
+        except ValueError:  # nothing written in Python did
+            return False
+        if frame.f_code is not self._asked_in or frame.f_lasti != self._asked_at:
+            self._asked_in, self._asked_at = frame.f_code, frame.f_lasti
+            self._asker = asker_at(frame.f_code, frame.f_lasti)
+        if self._asker is Asker.LOOP:
+            return True
+        return self._asker is Asker.GENERATOR and is_loop(frame.f_back)
+
+    def _advance(self) -> Record:
+        """Return the next record, or raise StopIteration."""
+        raise NotImplementedError
+
+    def _hand_over(self, record: Record, by_loop: bool) -> None:
+        """Trace that a record is handed over, and keep the scope that is to close."""
+        raise NotImplementedError
+
+    def __del__(self) -> None:
+        scope = getattr(self, "_scope", None)  # a copy may lack it
+        if scope is not None:
+            scope.drop(collected=_endings.is_collecting())
+
+
+class Records(list[Record]):
+    """The records of a partition as `poll` returned them.
+
+    A list in every respect, but a loop over it makes a process span for each
+    record. Copies and pickles of it are plain lists, and what others build by
+    calling its class behaves as one.
+
+    Args:
+        records: The records.
+        telemetry: What the instrumentation works with.
+        client: The consumer.
+    """
+
+    __slots__ = ("_processed", "client", "telemetry")
+
+    def __init__(
+        self,
+        records: Iterable[Record] = (),
+        telemetry: Telemetry | None = None,
+        client: TracedClient | None = None,
+    ) -> None:
+        super().__init__(records)
+        self.telemetry = telemetry
+        self.client = client
+        # Those that a process span has accounted for.
+        self._processed: set[tuple[str, int, int]] = set()
+
+    def __iter__(self) -> Iterator[Record]:
+        if self.telemetry is None or self.client is None:
+            return super().__iter__()
+        return RecordsIterator(self, self.telemetry, self.client)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        return list, (self.copy(),)
+
+    def take(self, record: Record) -> bool:
+        """Whether no process span has accounted for a record; now one does."""
+        # A list can be extended by what is from another partition.
+        position = (record.topic, record.partition, record.offset)
+        if position in self._processed:
+            return False
+        self._processed.add(position)
+        return True
+
+
+class RecordsIterator(ScopedIterator):
+    """The iterator of `Records`."""
+
+    __slots__ = ("_client", "_plain", "_records", "_telemetry")
+
+    def __init__(
+        self, records: Records, telemetry: Telemetry, client: TracedClient
+    ) -> None:
+        super().__init__()
+        self._telemetry = telemetry
+        self._client = client
+        self._records = records
+        self._plain = list.__iter__(records)
+
+    def __reduce__(self) -> Any:
+        # As that of a plain list, where it stands.
+        reduced: Any = self._plain.__reduce__()
+        if len(reduced) < 3:  # noqa: PLR2004 (without a position: it is at its end)
+            return reduced
+        return (reduced[0], (self._records.copy(),), *reduced[2:])
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self._plain)
+
+    def _advance(self) -> Record:
+        return next(self._plain)
+
+    def _hand_over(self, record: Record, by_loop: bool) -> None:
+        telemetry = self._telemetry
+        if not by_loop:
+            return
+        current = otel_context.get_current()
+        if telemetry.may_begin(current) and self._records.take(record):
+            self._scope = open_unless_in_scope(telemetry, self._client, record, current)
+
+
+class HeldScope:
+    """A scope that lasts until its consumer is asked for more, or is closed.
+
+    Args:
+        scope: The scope of the record that `next` has returned.
+    """
+
+    __slots__ = ("_scope",)
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope: Scope | None = scope
+
+    def close(self) -> None:
+        """Close the scope, if nobody has."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.close()
+
+    def __del__(self) -> None:
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.drop(collected=_endings.is_collecting())
+
+
+class HeldScopes:
+    """The scope of each consumer's record that the last `next` has returned."""
+
+    def __init__(self) -> None:
+        self._by_client: weakref.WeakKeyDictionary[TracedClient, HeldScope] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def hold(self, telemetry: Telemetry, client: TracedClient, record: Record) -> None:
+        """Enter the processing of a record that `next` returns."""
+        scope = open_unless_in_scope(
+            telemetry, client, record, otel_context.get_current()
+        )
+        if scope is not None:
+            scope.is_bounded = False
+            self._by_client[client] = HeldScope(scope)
+
+    def close(self, client: TracedClient) -> None:
+        """Close the scope of a consumer's record, if there is one."""
+        held = self._by_client.pop(client, None)
+        if held is not None:
+            held.close()
+        try:
+            # A scope that could not be detached then can perhaps be now.
+            detach_left()
+            current = otel_context.get_current()
+            around = context_for_left(current)
+            if around is not current:
+                otel_context.attach(around)
+        except Exception:
+            report("restore the context after a process span")
+
+    def close_all(self) -> None:
+        """Close the scopes of all consumers' records."""
+        for client in list(self._by_client):
+            self.close(client)

@@ -1,0 +1,131 @@
+"""The public context manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from otel_kafka_python import _config
+from otel_kafka_python._messages import Record
+from otel_kafka_python._operation import PROCESS
+from otel_kafka_python._processing.iterators import Records
+from otel_kafka_python._processing.scopes import Scope, scope_of
+from otel_kafka_python._processing.spans import open_batch_scope, open_scope
+from otel_kafka_python._safety import report
+from otel_kafka_python._telemetry import Telemetry
+
+# The one that `instrument()` has set up, or the global providers' where nothing
+# was instrumented.
+_telemetry: Telemetry | None = None
+
+
+def use(telemetry: Telemetry | None) -> None:
+    """Have `process_span` work with what `instrument()` has set up."""
+    global _telemetry  # noqa: PLW0603 (there is one instrumentation)
+    _telemetry = telemetry
+
+
+def process_span(
+    records: Record | Sequence[Record] | Mapping[Any, Sequence[Record]],
+    consumer: Any = None,
+) -> ProcessSpan:
+    """Trace the processing of a record, or of several as one batch.
+
+    Inside a loop over the record it adopts the loop's span, so that an exception
+    is recorded there; anywhere else (a worker thread, a record taken from what
+    `poll` returned, a batch, a process that is not instrumented) it makes a span
+    of its own.
+
+    Args:
+        records: A record, a sequence of records, or what `poll` returned.
+        consumer: Where they are from. A record says neither its group nor its
+            client nor its server: with the consumer the span has these, too.
+
+    Returns:
+        A context manager that gives the span, current within it. An exception
+        that leaves it is recorded and goes on.
+    """
+    return ProcessSpan(records, consumer)
+
+
+class ProcessSpan:
+    """What `process_span` returns."""
+
+    def __init__(self, records: Any, consumer: Any) -> None:
+        self._given = records
+        self._consumer = consumer
+        # Of each entry that has not been left: its scope, and whether that is its own.
+        self._entries: list[tuple[Scope | None, bool]] = []
+
+    def __enter__(self) -> Span:
+        entry: tuple[Scope | None, bool] = None, False
+        try:
+            entry = self._open()
+        except Exception:
+            report("trace the processing of a record")
+        self._entries.append(entry)
+        scope, _ = entry
+        return INVALID_SPAN if scope is None or scope.span is None else scope.span
+
+    def _open(self) -> tuple[Scope | None, bool]:
+        global _telemetry  # noqa: PLW0603 (there is one instrumentation)
+        if _telemetry is None:
+            _telemetry = Telemetry(_config.load({}))
+        telemetry = _telemetry
+        current = otel_context.get_current()
+        if not telemetry.may_begin(current):
+            return None, False
+        given = self._given
+        batch = not hasattr(given, "offset")
+        if not batch:
+            adopted = scope_of(given)
+            if adopted is not None and adopted.renew_marker():
+                return adopted, False
+        clients = telemetry.clients
+        client = (
+            clients.unknown() if self._consumer is None else clients.get(self._consumer)
+        )
+        records = [
+            record
+            for record in _flatten(given)
+            if telemetry.template(client, PROCESS, record.topic, record.partition)
+        ]
+        if not records:
+            return None, False
+        if batch:
+            return open_batch_scope(telemetry, client, records, current), True
+        return open_scope(telemetry, client, records[0], current), True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope, is_own = self._entries.pop()
+        if scope is None:
+            return
+        try:
+            # GeneratorExit says that a generator is closed, not that it failed.
+            if error is not None and not isinstance(error, GeneratorExit):
+                scope.fail_with(error)
+        finally:  # of an interrupt, too
+            if is_own:
+                scope.close()
+
+
+def _flatten(given: Any) -> list[Record]:
+    if hasattr(given, "offset"):
+        return [given]
+    lists = given.values() if isinstance(given, Mapping) else [given]
+    records: list[Record] = []
+    for each in lists:
+        if isinstance(each, Records):
+            for record in each.copy():
+                each.take(record)
+        records.extend(each)
+    return records

@@ -1,0 +1,264 @@
+"""What all wrappers share: settings, tracer, instruments, templates of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
+from types import MappingProxyType
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry._logs import LoggerProvider
+from opentelemetry.context import Context, get_current
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import Link, Span, SpanKind, TracerProvider
+
+from otel_kafka_python import _endings
+from otel_kafka_python._attributes import (
+    Attributes,
+    client_attributes,
+    legal_topic,
+    operation_attributes,
+    peer_attributes,
+    span_name,
+    without_operation_type,
+)
+from otel_kafka_python._clients import Client, Clients
+from otel_kafka_python._config import Config
+from otel_kafka_python._exception_events import ExceptionEvents
+from otel_kafka_python._metrics import Instruments, Metrics
+from otel_kafka_python._operation import (
+    COMMIT,
+    POLL,
+    PROCESS,
+    SEND,
+    Kind,
+    OperationTemplate,
+)
+from otel_kafka_python._propagation import has_propagators
+from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import MESSAGING_KAFKA_CLUSTER_ID, SCHEMA_URL
+from otel_kafka_python.package import __version__
+
+
+class Step(Enum):
+    """Why a consumer's `__next__` runs, whose own `poll` is part of it."""
+
+    NEXT = auto()  # an operation of its own
+    ITERATION = auto()  # one step of a loop
+
+
+class TracedClient(Client):
+    """A producer or consumer, and what the wrappers keep for it."""
+
+    __slots__ = ("answer_attributes", "step", "templates")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.templates: dict[tuple[Kind, Any, Any], OperationTemplate | None] = {}
+        # The attributes of messages that a partition's leader has answered.
+        self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
+        self.step: Step | None = None
+
+    def forget(self) -> None:
+        """Drop what was derived from metadata that has been refreshed since."""
+        self.templates, self.answer_attributes = {}, {}
+
+
+class Telemetry:
+    """What all wrappers of one `instrument()` share.
+
+    Args:
+        config: The settings.
+        tracer_provider: The tracer provider; the global one if None.
+        meter_provider: The meter provider; the global one if None.
+        logger_provider: The logger provider; the global one if None.
+        on_new_client: Called when a producer or consumer is met for the first time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        logger_provider: LoggerProvider | None = None,
+        on_new_client: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.clients = Clients(TracedClient, on_new_client)
+        self._on_stop: list[Callable[[], object]] = []
+        self.active = True
+        # Whether anything is measured, as far as is known from what was done.
+        self.measures = False
+        self._metrics = Metrics(
+            meter_provider, self._living if config.client_metrics else None
+        )
+        self._exceptions = ExceptionEvents(config, logger_provider)
+        self._tracer = trace.get_tracer(
+            "otel_kafka_python", __version__, tracer_provider, SCHEMA_URL
+        )
+
+    def on_stop(self, callback: Callable[[], object]) -> None:
+        """Have something called when the instrumentation is taken off."""
+        self._on_stop.append(callback)
+
+    def stop(self) -> None:
+        """Let no operation begin any more."""
+        self.active = False
+        try:
+            for callback in self._on_stop:
+                callback()
+        except Exception:
+            report("stop the instrumentation")
+
+    def _living(self) -> list[tuple[Any, TracedClient]]:
+        return self.clients.living() if self.active else []
+
+    def may_begin(self, context: Context | None = None) -> bool:
+        """Whether operations are traced now: not uninstrumented, not suppressed.
+
+        If they are, what finalisers have left behind is ended before one begins.
+
+        Args:
+            context: The current one, if it is known. An empty one suppresses nothing.
+        """
+        if context is None:
+            context = get_current()
+        if not self.active or (context and not is_instrumentation_enabled()):
+            return False
+        if _endings.deferred:
+            _endings.abandon_deferred()
+        return True
+
+    def template(
+        self, client: TracedClient, kind: Kind, topic: Any, partition: Any
+    ) -> OperationTemplate | None:
+        """What is known in advance of an operation.
+
+        Args:
+            client: Who performs it.
+            kind: What is done.
+            topic: The topic that all messages share, or None. Whatever is no name
+                of a topic counts as None.
+            partition: The partition that all messages share, or None; likewise.
+
+        Returns:
+            The template, or None if the topic is excluded.
+        """
+        # Another thread may put a new dict in its place as the metadata changes.
+        templates = client.templates
+        try:
+            return templates[kind, topic, partition]
+        except (KeyError, TypeError):
+            name = legal_topic(topic)
+            number = partition if isinstance(partition, int) else None
+            template = None
+            if name is None or not self.config.excludes(name):
+                template = self._build_template(client, kind, name, number)
+            # A name that is not legal is never kept: there is no end of them.
+            if name == topic and number == partition:
+                templates[kind, topic, partition] = template
+            return template
+
+    def _build_template(
+        self, client: TracedClient, kind: Kind, topic: str | None, partition: int | None
+    ) -> OperationTemplate:
+        # Offsets go to the group's coordinator, which is no partition's leader.
+        leader = None
+        if topic is not None and kind is not COMMIT:
+            leader = client.leader(topic, partition)
+        duration_attributes = operation_attributes(
+            kind.name,
+            kind.type,
+            topic,
+            partition,
+            client.group,
+            leader or client.bootstrap,
+        )
+        count_attributes = without_operation_type(duration_attributes)
+        attributes = duration_attributes
+        end_attributes: Attributes = {}
+        of_client = client_attributes(client.client_id, client.cluster_id)
+        # No sampler needs these: they are set on the sender's thread, which saves the
+        # calling one 2 µs. But what a hook has replaced is not to be replaced again.
+        if kind is SEND and self.config.produce_hook is None:
+            end_attributes = of_client
+        else:
+            attributes = {**attributes, **of_client}
+        if kind is POLL and leader is not None:
+            attributes.update(peer_attributes(leader))
+        duration = messages = queue_time = None
+        instruments = self._instruments()
+        self.measures = instruments is not None
+        if instruments is not None and kind.type:
+            duration = instruments.operation_duration
+            if kind is PROCESS:
+                duration = instruments.process_duration
+                duration_attributes = count_attributes
+            messages = {
+                SEND: instruments.sent_messages,
+                POLL: instruments.consumed_messages,
+            }.get(kind)
+            if kind is POLL and self.config.capture_queue_time:
+                queue_time = instruments.queue_time
+        return OperationTemplate(
+            topic=topic,
+            name=span_name(kind.name, topic),
+            attributes=MappingProxyType(attributes),
+            end_attributes=end_attributes,
+            duration_attributes=duration_attributes,
+            count_attributes=count_attributes,
+            duration=duration,
+            messages=messages,
+            exceptions=self._exceptions,
+            event_type=kind.type or "settle",
+            knows_cluster=MESSAGING_KAFKA_CLUSTER_ID in attributes,
+            injects=(
+                self.config.propagation and client.sends_headers and has_propagators()
+            ),
+            observes_end=duration is not None or self._exceptions.are_logged,
+            queue_time=queue_time,
+        )
+
+    def _instruments(self) -> Instruments | None:
+        try:
+            return self._metrics.instruments()
+        except Exception:
+            report("create the instruments")
+            return None
+
+    def start_span(
+        self,
+        template: OperationTemplate,
+        kind: SpanKind,
+        started: int,
+        attributes: Mapping[str, Any],
+        context: Context | None = None,
+        links: Sequence[Link] = (),
+    ) -> Span | None:
+        """Start a span, or return None if that fails.
+
+        Args:
+            template: What is known of its operation.
+            kind: The kind of the span.
+            started: When the operation started, in nanoseconds since the epoch.
+            attributes: Its attributes, those of the template among them.
+            context: The context with its parent; the current one if None.
+            links: Its links.
+        """
+        try:
+            return self._tracer.start_span(
+                template.name,
+                context,
+                kind,
+                attributes,
+                links,
+                started,
+                # record_exception and set_status_on_exception
+                False,
+                False,
+            )
+        except Exception:
+            report("start a span")
+            return None

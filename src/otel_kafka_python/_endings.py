@@ -15,25 +15,18 @@ from collections import deque
 from collections.abc import Mapping
 
 # One object for each process, so that a forked child knows what is not its own.
-_process = object()
+process = object()
 
 
 class Endable:
     """Something that has begun in this process and ends once."""
 
-    __slots__ = ("_process", "ended")
+    __slots__ = ("ended", "process")
 
-    def __init__(self) -> None:
-        self._process = _process
-        # Whether somebody has ended it, or is about to.
-        self.ended = False
-
-    def is_of_this_process(self) -> bool:
-        """Whether it began here, and not in the process that this one is forked from.
-
-        The parent ends what it has begun.
-        """
-        return self._process is _process
+    # Whether somebody has ended it, or is about to.
+    ended: bool
+    # The process that it began in: a parent ends what it has begun.
+    process: object
 
     def abandon(self, ended: int) -> None:
         """End it because nothing else will any more.
@@ -66,7 +59,7 @@ gc.callbacks.append(_on_collection)
 
 def defer(operation: Endable) -> None:
     """Have an operation that was dropped abandoned later; safe in a finaliser."""
-    if not operation.ended and operation.is_of_this_process():
+    if not operation.ended and operation.process is process:
         deferred.append((operation, time.time_ns()))
 
 
@@ -93,8 +86,8 @@ def abandon_all() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _process  # noqa: PLW0603 (it is the process's)
-    _process = object()
+    global process  # noqa: PLW0603 (it is the process's)
+    process = object()
     deferred.clear()
 
 

@@ -115,7 +115,8 @@ class Operation(Endable):
     def __init__(
         self, template: OperationTemplate, span: Span | None, started: int
     ) -> None:
-        super().__init__()
+        self.ended = False
+        self.process = _endings.process
         self.template = template
         self.span = span
         self.started = started
@@ -128,7 +129,7 @@ class Operation(Endable):
         Args:
             error: The exception, or None if nobody will ever know the outcome.
         """
-        if not self.is_of_this_process():
+        if self.process is not _endings.process:
             return
         try:
             self.error_type = (
@@ -153,7 +154,7 @@ class Operation(Endable):
         except AttributeError:
             return False
         self.ended = True
-        return self.is_of_this_process()
+        return self.process is _endings.process
 
     def end(
         self,

@@ -36,7 +36,7 @@ from otel_kafka_python._safety import report
 # The innermost scope of this context. It is set beside every `attach` and reset
 # first, because it refuses the token of another context in silence, where
 # OpenTelemetry would log an error.
-_innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
+innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
 
 
 # Under this key the context of a scope has the messages that it accounts for, so
@@ -122,11 +122,11 @@ class Scope(Operation):
         self._around: Context | None = None
         self._attached: Context | None = None
         self._token: Token[Context] | None = None
-        below = _innermost.get(None)
+        below = innermost.get(None)
         while below is not None and below._marker is None:
             below = below._below
         self._below: Scope | None = below
-        self._marker: Token[Scope | None] | None = _innermost.set(self)
+        self._marker: Token[Scope | None] | None = innermost.set(self)
         if self.span is None:
             return
         try:
@@ -147,7 +147,7 @@ class Scope(Operation):
         if not self._entered:
             return
         self._entered = False
-        scope, later = _innermost.get(None), []
+        scope, later = innermost.get(None), []
         while scope is not self:
             if scope is None:
                 return
@@ -167,7 +167,7 @@ class Scope(Operation):
         if later:
             later[-1]._below = self._below
         else:
-            _innermost.set(self._below)
+            innermost.set(self._below)
         self._marker = self._token = None
 
     def renew_marker(self) -> bool:
@@ -177,13 +177,13 @@ class Scope(Operation):
         """
         if not self._entered or self.ended or self._marker is None:
             return False
-        innermost = _innermost.get(None)
+        within = innermost.get(None)
         try:
-            _innermost.reset(self._marker)
+            innermost.reset(self._marker)
         except ValueError:
             return False
         # What `reset` has used up is to be had again.
-        self._marker = _innermost.set(innermost)
+        self._marker = innermost.set(within)
         return True
 
     def is_covered(self, later: Sequence[Scope] = ()) -> bool:
@@ -220,7 +220,7 @@ class Scope(Operation):
         if self._marker is None:
             return False
         try:
-            _innermost.reset(self._marker)
+            innermost.reset(self._marker)
         except ValueError:
             return False
         self._marker = None
@@ -280,11 +280,11 @@ def detach_left() -> Scope | None:
     Returns:
         The innermost scope that remains.
     """
-    scope = _innermost.get(None)
+    scope = innermost.get(None)
     while scope is not None and not scope._entered:
         if scope.is_covered() or not scope.detach():
             break
-        scope = _innermost.get(None)
+        scope = innermost.get(None)
     return scope
 
 
@@ -312,7 +312,7 @@ def context_around_ended(context: Context) -> Context:
     Args:
         context: The current context.
     """
-    scope = _innermost.get(None)
+    scope = innermost.get(None)
     if scope is not None:
         scope = detach_left()
         context = otel_context.get_current()
@@ -332,14 +332,9 @@ def context_for_left(context: Context) -> Context:
         context = messages.around
 
 
-def is_in_scope() -> bool:
-    """Whether any scope is around the code that runs now."""
-    return _innermost.get(None) is not None
-
-
 def scope_of(record: Record) -> Scope | None:
     """The scope that accounts for a record, among those around what runs now."""
-    scope = _innermost.get(None)
+    scope = innermost.get(None)
     while scope is not None and not scope.holds(record):
         scope = scope._below
     return scope

@@ -29,7 +29,7 @@ from otel_kafka_python._processing.scopes import (
     Scope,
     ScopeMessages,
     context_around_ended,
-    is_in_scope,
+    innermost,
     scope_of,
 )
 from otel_kafka_python._propagation import extract
@@ -143,7 +143,7 @@ def open_unless_in_scope(
     telemetry: Telemetry, client: TracedClient, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if is_in_scope() and scope_of(record) is not None:
+    if innermost.get(None) is not None and scope_of(record) is not None:
         return None
     return open_scope(telemetry, client, record, current)
 
@@ -164,7 +164,9 @@ def _open_measured(
 
 def _context_around(current: Context) -> Context:
     """The context around a scope that is about to be entered."""
-    return context_around_ended(current) if current or is_in_scope() else current
+    if not current and innermost.get(None) is None:
+        return current
+    return context_around_ended(current)
 
 
 def _parent(config: Config, around: Context, context: Context) -> Context:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
+from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
+    BaseInstrumentor,
+)
 
+from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _config
 from otel_kafka_python._config import Config, load
 from recorder import Log
 
 BOOLEANS = [
-    "propagation",
-    "send_spans",
-    "receive_spans",
-    "process_spans",
-    "capture_message_key",
+    name for name in _config._PARSERS if isinstance(getattr(Config(), name), bool)
 ]
 
 
@@ -26,12 +29,26 @@ def test_nothing_has_to_be_set() -> None:
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_a_boolean_is_read_from_its_variable_and_its_keyword_wins(name: str) -> None:
     variable = f"OTEL_PYTHON_KAFKA_{name.upper()}"
-    assert getattr(load({}, {}), name) is True
     assert getattr(load({}, {variable: " False "}), name) is False
     assert getattr(load({name: True}, {variable: "false"}), name) is True
     assert getattr(load({name: False}, {variable: "true"}), name) is False
     assert getattr(load({name: None}, {variable: "false"}), name) is False
-    assert getattr(load({}, {variable: " "}), name) is True
+    assert getattr(load({}, {variable: " "}), name) is getattr(Config(), name)
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        (("true", "1", "on", "yes", " Yes "), True),
+        (("false", "0", "off", "no", "OFF"), False),
+    ],
+)
+def test_a_boolean_is_said_in_each_usual_way(
+    values: tuple[str, ...], read: bool
+) -> None:
+    for value in values:
+        config = load({"propagation": value}, {"OTEL_PYTHON_KAFKA_SEND_SPANS": value})
+        assert (config.propagation, config.send_spans) == (read, read)
 
 
 @pytest.mark.parametrize("given", [" a , b*,", ["a", "b*"], ("a", "b*")])
@@ -70,13 +87,13 @@ def test_excluded_topics_have_a_variable() -> None:
             {},
             {"OTEL_PYTHON_KAFKA_SEND_SPANS": "maybe"},
             "OTEL_PYTHON_KAFKA_SEND_SPANS is 'maybe', but should be true or false; "
-            "the default, True, is used instead",
+            "the default, true, is used instead",
         ),
         (
             {"send_spans": 3},
             {},
             "the keyword send_spans is 3, but should be true or false; "
-            "the default, True, is used instead",
+            "the default, true, is used instead",
         ),
         (
             {"excluded_topics": [1]},
@@ -93,7 +110,21 @@ def test_excluded_topics_have_a_variable() -> None:
         (
             {"recieve_spans": False},
             {},
-            "instrument() has no keyword recieve_spans; it is ignored",
+            "instrument() has no keyword recieve_spans; it is ignored; "
+            "did you mean receive_spans?",
+        ),
+        ({"colour": 1}, {}, "instrument() has no keyword colour; it is ignored"),
+        (
+            {},
+            {"OTEL_PYTHON_KAFKA_SEND_SPAN": "false"},
+            "OTEL_PYTHON_KAFKA_SEND_SPAN is not a variable of otel-kafka-python; "
+            "it is ignored; did you mean OTEL_PYTHON_KAFKA_SEND_SPANS?",
+        ),
+        (
+            {},
+            {"OTEL_PYTHON_KAFKA_COLOUR": "red"},
+            "OTEL_PYTHON_KAFKA_COLOUR is not a variable of otel-kafka-python; "
+            "it is ignored",
         ),
     ],
 )
@@ -104,8 +135,10 @@ def test_a_malformed_value_is_one_warning_and_the_default_stands(
     assert log.take() == [warning]
 
 
-def test_hooks_have_no_variable() -> None:
+def test_hooks_have_no_variable(log: Log) -> None:
     assert load({}, {"OTEL_PYTHON_KAFKA_PRODUCE_HOOK": "print"}) == Config()
+    (line,) = log.take()
+    assert line.startswith("OTEL_PYTHON_KAFKA_PRODUCE_HOOK is not a variable")
 
 
 @pytest.mark.parametrize(("value", "limit"), [("7", 7), ("", 128), ("many", 128)])
@@ -113,11 +146,49 @@ def test_the_limit_of_links_is_the_sdks(value: str, limit: int) -> None:
     assert load({}, {"OTEL_SPAN_LINK_COUNT_LIMIT": value}).link_limit == limit
 
 
-def test_every_setting_is_a_keyword_of_instrument() -> None:
-    documented = KafkaPythonInstrumentor.instrument.__kwdefaults__
-    assert documented is not None
-    providers = {"tracer_provider", "meter_provider", "logger_provider"}
-    assert set(documented) - providers == set(_config._PARSERS)
-    assert KafkaPythonInstrumentor.instrument.__doc__ is not None
-    for name in documented:
-        assert f"{name}:" in KafkaPythonInstrumentor.instrument.__doc__
+PROVIDERS = ["tracer_provider", "meter_provider", "logger_provider"]
+# What every instrumentor takes.
+CHECKS = ["skip_dep_check", "raise_exception_on_conflict"]
+instrument = KafkaPythonInstrumentor.instrument
+
+
+def test_the_keywords_of_instrument_are_the_settings_in_their_order() -> None:
+    assert list(instrument.__kwdefaults__ or {}) == [
+        *PROVIDERS, *_config._PARSERS, *CHECKS
+    ]  # fmt: skip
+
+
+def test_the_settings_are_the_first_fields_of_config_in_their_order() -> None:
+    named = [field.name for field in fields(Config)][: len(_config._PARSERS)]
+    assert named == list(_config._PARSERS)
+
+
+def test_the_docstring_has_every_keyword_in_its_order_and_the_defaults() -> None:
+    arguments = (inspect.getdoc(instrument) or "").partition("Args:\n")[2]
+    described = dict(re.findall(r"(?m)^ {4}(\w+): ((?:.|\n {5,})+)", arguments))
+    assert list(described) == list(instrument.__kwdefaults__ or {})
+    for name in BOOLEANS:
+        default = _config.shown(getattr(Config(), name))
+        assert described[name].endswith(f"Default: {default}."), name
+
+
+def test_every_keyword_reaches_what_it_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {name: object() for name in [*PROVIDERS, *_config._PARSERS, *CHECKS]}
+    taken: dict[str, object] = {}
+    monkeypatch.setattr(
+        BaseInstrumentor, "instrument", lambda self, **kwargs: taken.update(kwargs)
+    )
+    KafkaPythonInstrumentor().instrument(**given)  # type: ignore[arg-type]
+    assert taken == given
+
+
+def test_a_misspelt_keyword_of_instrument_is_one_warning(
+    instrument: Instrument, log: Log
+) -> None:
+    instrument(recieve_spans=False)
+    assert log.take() == [
+        "instrument() has no keyword recieve_spans; it is ignored; "
+        "did you mean receive_spans?"
+    ]

@@ -310,7 +310,7 @@ MISSING = """
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        ("missing", "but no installed version was found"),
+        ("missing", "but none are installed"),
         ("1.4.7", "1.4.7"),
         ("4.0.0", "4.0.0"),
     ],
@@ -323,7 +323,8 @@ def test_a_missing_or_unsupported_kafka_python_is_said_by_hand(
     assert done.returncode == 0, done.stderr
     assert done.stdout == "False\n"
     (line,) = done.stderr.splitlines()
-    assert "KafkaPythonInstrumentor only instruments" in line
+    for requirement in _instruments_any:
+        assert requirement in line
     assert said in line
 
 

@@ -207,11 +207,12 @@ def test_the_table_of_settings_is_complete() -> None:
             documented[name] = (variable.strip("`"), default)
     for provider in ("tracer_provider", "meter_provider", "logger_provider"):
         documented.pop(provider)
+    assert list(documented) == list(_config._PARSERS)
     defaults = _config.Config()
     assert documented == {
         name: (
             "" if name.endswith("_hook") else f"OTEL_PYTHON_KAFKA_{name.upper()}",
-            _config.shown(getattr(defaults, name)).lower(),
+            _config.shown(getattr(defaults, name)),
         )
         for name in _config._PARSERS
     }

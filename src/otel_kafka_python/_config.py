@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from opentelemetry.trace import Span
 
@@ -26,30 +27,76 @@ _LINK_LIMIT_VARIABLE = "OTEL_SPAN_LINK_COUNT_LIMIT"
 _DEFAULT_LINK_LIMIT = 128
 _EXCEPTION_SIGNAL_VARIABLE = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
 
+ProcessParent = Literal["message", "none"]
+CommitSpans = Literal["manual", "all", "none"]
+
+_TRUE = {"true", "1", "on", "yes"}
+_FALSE = {"false", "0", "off", "no"}
+
+
+def _hook(value: object) -> Callable[..., object]:
+    if not callable(value):
+        raise ValueError("a callable")  # noqa: TRY004 (as for all malformed settings)
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
+        return value.strip().lower() in _TRUE
+    raise ValueError("true or false")
+
+
+def _one_of(choices: Any) -> Callable[[object], Any]:
+    names = get_args(choices)
+
+    def parse(value: object) -> Any:
+        if isinstance(value, str) and value.strip().lower() in names:
+            return value.strip().lower()
+        raise ValueError(" or ".join(names))
+
+    return parse
+
+
+def _globs(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(glob.strip() for glob in value.split(",") if glob.strip())
+    if isinstance(value, Iterable):
+        globs = tuple(value)
+        if all(isinstance(glob, str) for glob in globs):
+            return globs
+    raise ValueError("globs: comma-separated, or a list of str")
+
+
+# A setting is a field whose annotation has its parser.
+_Flag = Annotated[bool, _boolean]
+_Globs = Annotated[tuple[str, ...], _globs]
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """What `instrument()` was asked for. The defaults suit a production service.
 
-    Each field but the hooks is a keyword of `instrument()` and an environment
-    variable: `send_spans` is `OTEL_PYTHON_KAFKA_SEND_SPANS`.
+    Each setting is a keyword of `instrument()` and, but for the hooks, an
+    environment variable: `send_spans` is `OTEL_PYTHON_KAFKA_SEND_SPANS`.
     """
 
-    produce_hook: ProduceHook | None = None
-    consume_hook: ConsumeHook | None = None
-    excluded_topics: tuple[str, ...] = ()
-    propagation: bool = True
-    send_spans: bool = True
-    receive_spans: bool = True
-    process_spans: bool = True
-    process_parent: str = "message"
-    commit_spans: str = "manual"
-    capture_message_key: bool = True
-    capture_message_size: bool = False
-    capture_headers: tuple[str, ...] = ()
-    capture_queue_time: bool = False
-    next_process_spans: bool = False
-    client_metrics: bool = False
+    produce_hook: Annotated[ProduceHook | None, _hook] = None
+    consume_hook: Annotated[ConsumeHook | None, _hook] = None
+    excluded_topics: _Globs = ()
+    propagation: _Flag = True
+    send_spans: _Flag = True
+    receive_spans: _Flag = True
+    process_spans: _Flag = True
+    process_parent: Annotated[ProcessParent, _one_of(ProcessParent)] = "message"
+    commit_spans: Annotated[CommitSpans, _one_of(CommitSpans)] = "manual"
+    capture_message_key: _Flag = True
+    capture_message_size: _Flag = False
+    capture_headers: _Globs = ()
+    capture_queue_time: _Flag = False
+    next_process_spans: _Flag = False
+    client_metrics: _Flag = False
     # The SDK keeps the newest links up to its own limit; building more is waste.
     link_limit: int = _DEFAULT_LINK_LIMIT
     # Whether exceptions are recorded as events of their spans, and as log events.
@@ -68,6 +115,18 @@ class Config:
     def captures(self, header: str) -> bool:
         """Whether `header` matches a glob of `capture_headers` and none with `!`."""
         return _captures(self.capture_headers, header)
+
+
+_PARSERS: dict[str, Callable[[object], object]] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Config, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+_VARIABLES = {
+    name: _VARIABLE_PREFIX + name.upper()
+    for name, parse in _PARSERS.items()
+    if parse is not _hook
+}
 
 
 # Asked for each header of each message.
@@ -92,8 +151,8 @@ def load(
         environ: The environment variables.
 
     Returns:
-        The settings. A malformed or unknown one is left at its default, with one
-        warning that names it; nothing is raised.
+        The settings. A malformed one is left at its default and an unknown one is
+        ignored, each with one warning that names it; nothing is raised.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
     settings: dict[str, Any] = {
@@ -101,10 +160,10 @@ def load(
         **_exception_signal(environ),
     }
     for name, parse in _PARSERS.items():
-        variable = _VARIABLE_PREFIX + name.upper()
+        variable = _VARIABLES.get(name, "")
         if name in given:
             source, value = f"the keyword {name}", given.pop(name)
-        elif parse is not _hook and environ.get(variable, "").strip():
+        elif environ.get(variable, "").strip():
             source, value = variable, environ[variable]
         else:
             continue
@@ -119,46 +178,32 @@ def load(
                 shown(getattr(Config(), name)),
             )
     for name in given:
-        logger.warning("instrument() has no keyword %s; it is ignored", name)
+        logger.warning(
+            "instrument() has no keyword %s; it is ignored%s",
+            name,
+            _did_you_mean(name, {name: name for name in _PARSERS}),
+        )
+    for variable in sorted(environ):
+        name = variable.removeprefix(_VARIABLE_PREFIX)
+        if name != variable and variable not in _VARIABLES.values():
+            logger.warning(
+                "%s is not a variable of otel-kafka-python; it is ignored%s",
+                variable,
+                _did_you_mean(name.lower(), _VARIABLES),
+            )
     return Config(**settings)
 
 
+def _did_you_mean(name: str, known: Mapping[str, str]) -> str:
+    nearest = get_close_matches(name, known, n=1)
+    return f"; did you mean {known[nearest[0]]}?" if nearest else ""
+
+
 def shown(default: object) -> str:
-    """The default of a setting, as a text says it."""
+    """The default of a setting, as its environment variable would say it."""
+    if isinstance(default, bool):
+        return str(default).lower()
     return "none" if default in (None, ()) else str(default)
-
-
-def _hook(value: object) -> Callable[..., object]:
-    if not callable(value):
-        raise ValueError("a callable")  # noqa: TRY004 (as for all malformed settings)
-    return value
-
-
-def _boolean(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    raise ValueError("true or false")
-
-
-def _one_of(*choices: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if isinstance(value, str) and value.strip().lower() in choices:
-            return value.strip().lower()
-        raise ValueError(" or ".join(choices))
-
-    return parse
-
-
-def _globs(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(glob.strip() for glob in value.split(",") if glob.strip())
-    if isinstance(value, Iterable):
-        globs = tuple(value)
-        if all(isinstance(glob, str) for glob in globs):
-            return globs
-    raise ValueError("globs: comma-separated, or a list of str")
 
 
 def _link_limit(environ: Mapping[str, str]) -> int:
@@ -182,22 +227,3 @@ def _exception_signal(environ: Mapping[str, str]) -> dict[str, bool]:
         "span_exceptions": "logs/dup" in signals or "logs" not in signals,
         "log_exceptions": "logs" in signals or "logs/dup" in signals,
     }
-
-
-_PARSERS: dict[str, Callable[[object], object]] = {
-    "produce_hook": _hook,
-    "consume_hook": _hook,
-    "excluded_topics": _globs,
-    "propagation": _boolean,
-    "send_spans": _boolean,
-    "receive_spans": _boolean,
-    "process_spans": _boolean,
-    "process_parent": _one_of("message", "none"),
-    "commit_spans": _one_of("manual", "all", "none"),
-    "capture_message_key": _boolean,
-    "capture_message_size": _boolean,
-    "capture_headers": _globs,
-    "capture_queue_time": _boolean,
-    "next_process_spans": _boolean,
-    "client_metrics": _boolean,
-}

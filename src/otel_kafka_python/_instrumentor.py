@@ -5,9 +5,13 @@ from __future__ import annotations
 import atexit
 from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Any
+from typing import Any, NoReturn
 
 from opentelemetry._logs import LoggerProvider
+from opentelemetry.instrumentation.dependencies import (
+    DependencyConflict,
+    get_dependency_conflicts,
+)
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
 )
@@ -15,7 +19,12 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider
 
 from otel_kafka_python import _coexistence, _config, _endings, _patches
-from otel_kafka_python._config import ConsumeHook, ProduceHook
+from otel_kafka_python._config import (
+    CommitSpans,
+    ConsumeHook,
+    ProcessParent,
+    ProduceHook,
+)
 from otel_kafka_python._patches import Layer
 from otel_kafka_python._processing import process_span
 from otel_kafka_python._safety import report
@@ -43,6 +52,10 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             return (requirement,)
         return _instruments_any[:1]
 
+    def _check_dependency_conflicts(self) -> DependencyConflict | None:
+        # As the launcher does: what is logged names every supported distribution.
+        return get_dependency_conflicts((), _instruments_any)
+
     def instrument(
         self,
         *,
@@ -56,15 +69,17 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         send_spans: bool | None = None,
         receive_spans: bool | None = None,
         process_spans: bool | None = None,
-        process_parent: str | None = None,
-        commit_spans: str | None = None,
+        process_parent: ProcessParent | None = None,
+        commit_spans: CommitSpans | None = None,
         capture_message_key: bool | None = None,
         capture_message_size: bool | None = None,
         capture_headers: str | Iterable[str] | None = None,
         capture_queue_time: bool | None = None,
         next_process_spans: bool | None = None,
         client_metrics: bool | None = None,
-        **kwargs: Any,
+        skip_dep_check: bool = False,
+        raise_exception_on_conflict: bool = False,
+        **unknown: NoReturn,
     ) -> None:
         """Trace all producers and consumers, those that live already, too.
 
@@ -111,8 +126,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
                 Default: false.
             client_metrics: Whether kafka-python's own metrics and the consumers' lag
                 are exported, too. Default: false.
-            **kwargs: `skip_dep_check` and `raise_exception_on_conflict`, as
-                every instrumentor takes them.
+            skip_dep_check: Whether to instrument whatever version of kafka-python is
+                installed. Default: false.
+            raise_exception_on_conflict: Whether an unsupported version is raised as
+                an exception rather than logged. Default: false.
+            **unknown: Any other keyword is ignored, with one warning. Type checkers
+                refuse it.
         """
         super().instrument(
             tracer_provider=tracer_provider,
@@ -133,7 +152,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             capture_queue_time=capture_queue_time,
             next_process_spans=next_process_spans,
             client_metrics=client_metrics,
-            **kwargs,
+            skip_dep_check=skip_dep_check,
+            raise_exception_on_conflict=raise_exception_on_conflict,
+            **unknown,
         )
 
     def _instrument(self, **kwargs: Any) -> None:

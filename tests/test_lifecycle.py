@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import textwrap
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +17,9 @@ from opentelemetry.trace import StatusCode
 from clients import DEADLINE, VERSION, Clients
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _endings
+from otel_kafka_python import KafkaPythonInstrumentor, _endings, _metrics
 from recorder import Recorder
-from scripts import run_recorded
+from scripts import run, run_recorded
 
 
 def pending(topic: str) -> FutureRecordMetadata:
@@ -222,6 +225,86 @@ def test_a_thread_in_its_loop_at_the_exit_has_its_span_ended(
         topic,
     )
     assert told["open"] == []
+
+
+FROZEN = """
+    import gc
+    import threading
+    inside = threading.Event()
+    consumer = KafkaConsumer(
+        sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
+    )
+    def loop():
+        for record in consumer:
+            inside.set()
+            threading.Event().wait()
+    threading.Thread(target=loop, daemon=True).start()
+    inside.wait()
+    gc.freeze()
+"""
+
+
+def test_an_exit_ends_the_spans_of_frozen_objects(clients: Clients, topic: str) -> None:
+    clients.send(b"1")
+    told = run_recorded(FROZEN, clients.address, topic)
+    assert told["open"] == []
+
+
+ORDER = """
+    import threading
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from otel_kafka_python import KafkaPythonInstrumentor
+    class Order(SpanProcessor):
+        def on_end(self, span):
+            print("ended", flush=True)
+        def shutdown(self):
+            print("shut down", flush=True)
+    provider = TracerProvider()
+    provider.add_span_processor(Order())
+    KafkaPythonInstrumentor().instrument(tracer_provider=provider)
+    inside = threading.Event()
+    consumer = KafkaConsumer(
+        sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
+    )
+    def loop():
+        for record in consumer:
+            inside.set()
+            threading.Event().wait()
+    threading.Thread(target=loop, daemon=True).start()
+    inside.wait()
+"""
+
+
+def test_an_exit_ends_the_spans_before_their_provider_shuts_down(
+    clients: Clients, topic: str
+) -> None:
+    clients.send(b"1")
+    script = "import sys\nfrom kafka import KafkaConsumer\n" + textwrap.dedent(ORDER)
+    done = run(script, clients.address, topic)
+    assert done.stdout.split("\n")[:2] == ["ended", "shut down"], done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_while_another_thread_counts_lets_the_child_count() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _metrics._lock:
+            held.set()
+            forked.wait(DEADLINE)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(DEADLINE)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE))  # a lock that nobody releases is waited for
+        _metrics.Tally({}).count(1)
+        os._exit(0)
+    forked.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_close_that_times_out_ends_nothing_early(

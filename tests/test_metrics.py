@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from kafka import TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from opentelemetry import metrics
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
@@ -180,6 +180,31 @@ def test_looping_over_what_poll_returned_counts_nothing_again(
         for _ in records:
             pass
     assert recorder.count(CONSUMED) == recorder.count(PROCESS) == len(records)
+
+
+class Counting(KafkaConsumer):  # type: ignore[misc]  # untyped
+    """Counts the polls that bring something."""
+
+    fruitful = 0
+
+    def poll(self, *args: Any, **kwargs: Any) -> Any:
+        polled = super().poll(*args, **kwargs)
+        self.fruitful += bool(polled)
+        return polled
+
+
+@pytest.mark.parametrize("process_spans", [True, False])
+def test_an_iteration_is_measured_by_its_polls_and_not_by_its_records(
+    instrument: Instrument, clients: Clients, recorder: Recorder, process_spans: bool
+) -> None:
+    instrument(process_spans=process_spans)
+    clients.send(b"1", b"2", b"3")
+    consumer = clients.consumer(cls=Counting)
+    for record in consumer:
+        if record.offset == 2:
+            break
+    polls = recorder.count(OPERATION, messaging_operation_name="poll")
+    assert polls == consumer.fruitful < 3
 
 
 def test_durations_are_recorded_where_no_span_is_made(

@@ -5,8 +5,10 @@ What holds is shown by all other tests: the recorder that they share runs the ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from conformance import (
     check_spans,
 )
 from otel_kafka_python._semconv import QUEUE_TIME_BUCKETS
+from pages import PAGES
 
 CREATED = {
     "messaging.system": "kafka",
@@ -275,3 +278,18 @@ def test_our_own_metric_is_as_documented() -> None:
 
 def test_all_spans_of_the_convention_are_known() -> None:
     assert len(BY_KIND) == len(FACTS["spans"])
+
+
+def test_every_requirement_of_the_page_names_tests_that_exist() -> None:
+    rows = re.findall(
+        r"^\| (?!---|requirement)(.+) \|$", PAGES["conformance"], re.MULTILINE
+    )
+    assert len(rows) > 40
+    for row in rows:
+        requirement, behaviour, tests = (cell.strip() for cell in row.split(" | "))
+        assert requirement
+        assert behaviour
+        assert re.fullmatch(r"`test_\w+`(, `test_\w+`)*", tests), row
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", source, re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", PAGES["conformance"])) <= defined

@@ -10,8 +10,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True
 # Types of other projects, whose documentation is not asked for.
 nitpick_ignore_regex = [("py:.*", r"(?!otel_kafka_python).*")]
-# What `process_span` returns is only described there.
-nitpick_ignore = [("py:class", "otel_kafka_python._processing.ProcessSpan")]
 
 myst_heading_anchors = 3
 

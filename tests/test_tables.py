@@ -238,7 +238,8 @@ def test_the_pages_name_every_attribute_and_metric_and_no_other() -> None:
 
 def test_the_convention_is_the_one_that_is_emitted() -> None:
     assert _semconv.SCHEMA_URL.endswith("/1.44.0")
-    assert "1.44.0, to the letter" in PAGES["README"]
+    assert "1.44.0, [requirement by requirement]" in PAGES["README"]
+    assert "release 1.44.0" in PAGES["conformance"]
     assert f"`{_semconv.SCHEMA_URL}`" in PAGES["spans"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +33,7 @@ def use(telemetry: Telemetry | None) -> None:
 def process_span(
     records: Record | Sequence[Record] | Mapping[Any, Sequence[Record]],
     consumer: Any = None,
-) -> ProcessSpan:
+) -> AbstractContextManager[Span]:
     """Trace the processing of a record, or of several as one batch.
 
     Inside a loop over the record it adopts the loop's span, so that an exception
@@ -49,10 +50,10 @@ def process_span(
         A context manager that gives the span, current within it. An exception
         that leaves it is recorded and goes on.
     """
-    return ProcessSpan(records, consumer)
+    return _ProcessSpan(records, consumer)
 
 
-class ProcessSpan:
+class _ProcessSpan(AbstractContextManager[Span]):
     """What `process_span` returns."""
 
     def __init__(self, records: Any, consumer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import signal
@@ -474,3 +475,72 @@ def test_a_meter_provider_that_fails_costs_no_span(
     recorder.one(f"send {topic}")
     (message,) = log.take()
     assert message.startswith("Failed to create the instruments")
+
+
+class _Unreadable(int):
+    """A key of a class that does not want to be read."""
+
+    def __int__(self) -> int:
+        raise RuntimeError("no number today")
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text today")
+
+
+class _UnreadableClass:
+    """A key that is a proxy of nothing, as in a request that has ended."""
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]  # it has none
+        raise RuntimeError("no class today")
+
+
+@pytest.mark.parametrize("key", [_Unreadable, _UnreadableClass])
+def test_a_key_that_cannot_be_read_is_left_out_and_costs_no_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, key: type
+) -> None:
+    producer = clients.producer(key_serializer=lambda _: b"key")
+    for _ in range(2):
+        producer.send(topic, b"value", key=key())
+    producer.flush()
+    assert recorder.open() == []
+    assert [
+        (span.attributes or {}).get("messaging.kafka.message.key")
+        for span in recorder.named(f"send {topic}")
+    ] == [None, None]
+
+
+class _Partition(enum.IntEnum):
+    FIRST = 0
+    SECOND = 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(False, True), (_Partition.FIRST, _Partition.SECOND)]
+)
+def test_a_partition_is_its_number_whatever_its_type(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    first: Any,
+    second: Any,
+) -> None:
+    clients.create_topic(2)
+    producer = clients.producer()
+    partitions = [first, second, 0, 1]
+    for partition in partitions:
+        producer.send(topic, b"value", partition=partition).get(DEADLINE)
+    producer.flush()
+    assert [
+        (span.attributes or {}).get("messaging.destination.partition.id")
+        for span in recorder.named(f"send {topic}")
+    ] == ["0", "1", "0", "1"]
+    for number in ("0", "1"):
+        assert (
+            recorder.count(
+                "messaging.client.sent.messages",
+                messaging_destination_partition_id=number,
+            )
+            == 2
+        )

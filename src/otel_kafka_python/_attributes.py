@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from otel_kafka_python._kafka import ClientMetric, Server, plain
+from otel_kafka_python._kafka import ClientMetric, Server, partition_number, plain
 from otel_kafka_python._safety import text_of
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
@@ -150,9 +150,10 @@ def client_metric_attributes(
     return {**metric.tags, **without_absent(of_client)}
 
 
-def partition_id(partition: int | None) -> str | None:
+def partition_id(partition: object) -> str | None:
     """`messaging.destination.partition.id`, which is a string."""
-    return None if partition is None else str(partition)
+    number = partition_number(partition)
+    return None if number is None else str(number)
 
 
 def add_message(
@@ -226,17 +227,15 @@ def message_key(key: object) -> str | None:
     That is a str, an int, or bytes that are printable UTF-8. A str that has no
     UTF-8 form (lone surrogates) has none: no exporter could encode it.
     """
-    if isinstance(key, bytes):
-        try:
+    try:
+        if isinstance(key, bytes):
             text = key.decode()
-        except UnicodeDecodeError:
-            return None
-        return text if text.isprintable() else None
-    if isinstance(key, str):
-        return None if _SURROGATES.search(key) else plain(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        try:
+            return text if text.isprintable() else None
+        if isinstance(key, str):
+            return None if _SURROGATES.search(key) else plain(key)
+        if isinstance(key, int) and not isinstance(key, bool):
             return str(int(key))
-        except ValueError:  # Python writes no integer of so many digits
-            return None
+    except Exception:  # noqa: S110 (bytes that are no UTF-8, too many digits for Python
+        # to write, a class of the application's that raises whatever it likes)
+        pass
     return None

@@ -173,6 +173,21 @@ def argument(
     return args[position] if len(args) > position else kwargs.get(name)
 
 
+def partition_number(partition: Any) -> int | None:
+    """A partition as an int of no subclass, or None where it is no number.
+
+    kafka-python takes whatever is equal to the number of a partition: True is 1, and
+    an enumeration, a float or an integer of numpy's is as good as an int.
+    """
+    if isinstance(partition, int):
+        return int.__int__(partition)
+    try:
+        number = int(partition)
+        return number if number == partition else None
+    except Exception:  # a class of the application's may raise whatever it likes
+        return None
+
+
 class SendArguments(NamedTuple):
     """The arguments of a call of `send`, None where it was given none."""
 

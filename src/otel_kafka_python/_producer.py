@@ -107,7 +107,7 @@ class Delivery(PendingOperation):
         if not self.claim():
             return
         self.fail(error)
-        partition = self._partition if isinstance(self._partition, int) else None
+        partition = _kafka.partition_number(self._partition)
         if partition is not None and not at_once and _kafka.is_answer(error):
             known = self._answer_attributes(partition)
         else:
@@ -154,7 +154,7 @@ class Delivery(PendingOperation):
             self.end_claimed(
                 self._known_attributes(),
                 ended=ended,
-                partition=self._partition,
+                partition=_kafka.partition_number(self._partition),
                 messages=1,
             )
 

@@ -14,7 +14,7 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Link, Span, SpanKind, TracerProvider
 
-from otel_kafka_python import _endings
+from otel_kafka_python import _endings, _kafka
 from otel_kafka_python._attributes import (
     Attributes,
     client_attributes,
@@ -152,7 +152,7 @@ class Telemetry:
             return templates[kind, topic, partition]
         except (KeyError, TypeError):
             name = legal_topic(topic)
-            number = partition if isinstance(partition, int) else None
+            number = _kafka.partition_number(partition)
             template = None
             if name is None or not self.config.excludes(name):
                 template = self._build_template(client, kind, name, number)

@@ -71,10 +71,10 @@ METHODS = {
 HARMLESS = {"Context"}
 
 # The fields of links and of span contexts, the API's own classes that nobody else
-# implements, and the base class of the instrumentor.
+# implements, and the base class of the instrumentor with what it calls itself.
 NO_CHAOS = {
     *("context", "instrument", "is_valid", "span_id", "trace_id"),
-    *("trace_flags", "trace_state", "__len__"),
+    *("trace_flags", "trace_state", "__len__", "get_dependency_conflicts"),
 }
 
 # What has methods of the same names, and is no implementation of these classes.
@@ -170,7 +170,7 @@ SITES = [
         )
     )
     # When an SDK collects, no application waits, and this is a plain value.
-    if site.name != "Observation"
+    if site.name not in {"Observation", *NO_CHAOS}
 ]
 
 

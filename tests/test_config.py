@@ -12,7 +12,6 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
-from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _config
 from otel_kafka_python._config import Config, load
 from recorder import Log
@@ -182,13 +181,3 @@ def test_every_keyword_reaches_what_it_sets(
     )
     KafkaPythonInstrumentor().instrument(**given)  # type: ignore[arg-type]
     assert taken == given
-
-
-def test_a_misspelt_keyword_of_instrument_is_one_warning(
-    instrument: Instrument, log: Log
-) -> None:
-    instrument(recieve_spans=False)
-    assert log.take() == [
-        "instrument() has no keyword recieve_spans; it is ignored; "
-        "did you mean receive_spans?"
-    ]

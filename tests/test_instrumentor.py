@@ -207,7 +207,10 @@ def test_an_unknown_keyword_is_named_and_ignored(
     instrument: Instrument, log: Log, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     instrument(produce_spans=False)
-    assert log.take() == ["instrument() has no keyword produce_spans; it is ignored"]
+    assert log.take() == [
+        "instrument() has no keyword produce_spans; it is ignored; "
+        "did you mean process_spans?"
+    ]
     clients.send(b"1")
     assert recorder.names() == [f"send {topic}"]
 

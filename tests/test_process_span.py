@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Generator
+from contextlib import ExitStack
+from inspect import currentframe
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,16 +358,91 @@ def test_a_generator_that_is_closed_has_not_failed(
     assert recorder.one(f"process {topic}").status.status_code is StatusCode.UNSET
 
 
-def test_what_is_no_record_is_logged_and_the_application_goes_on(
-    instrumented: None, recorder: Recorder, log: Log
+def no_record(topic: str) -> Any:
+    """A record without an offset's neighbours."""
+    return SimpleNamespace(offset=1, topic=topic)
+
+
+TAKES = (
+    "process_span() takes a record, a sequence of records, or the dict that poll() "
+    f"returned, but got %s ({__file__}, line %d); it makes no span"
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (None, "None"),
+        (1, "int"),
+        ("", "str"),
+        ("abc", "str"),
+        (b"abc", "bytes"),
+        (object(), "object"),
+        ([1], "list of int"),
+        (["abc", "def"], "list of str"),
+        ({"a": 1}, "dict of int"),
+        ({"a": ["b"]}, "dict of str"),
+        (no_record("orders"), "SimpleNamespace"),
+        ([no_record("orders")], "list of SimpleNamespace"),
+    ],
+)
+def test_what_is_no_record_is_one_warning_that_says_what_and_where(
+    instrumented: None, recorder: Recorder, log: Log, wrong: Any, named: str
 ) -> None:
-    for wrong in (1, None, [1], object()):
+    for _ in range(2):
         with process_span(wrong) as span:
+            line = currentframe().f_lineno - 1  # type: ignore[union-attr]
             assert span is trace.INVALID_SPAN
     assert recorder.started == []
-    assert {message.split(";")[0] for message in log.take()} == {
-        "Failed to trace the processing of a record"
-    }
+    assert log.take() == [TAKES % (named, line)]
+
+
+def test_each_place_that_passes_no_record_is_said(instrumented: None, log: Log) -> None:
+    wrong: Any = None
+    with process_span(wrong):
+        first = currentframe().f_lineno - 1  # type: ignore[union-attr]
+    with ExitStack() as stack:
+        stack.enter_context(process_span(wrong))
+        second = currentframe().f_lineno - 1  # type: ignore[union-attr]
+    assert log.take() == [TAKES % ("None", first), TAKES % ("None", second)]
+
+
+def test_a_value_is_not_told_by_the_warning(instrumented: None, log: Log) -> None:
+    secret: Any = "a value that somebody passed instead of its record"
+    with process_span(secret):
+        pass
+    (line,) = log.take()
+    assert secret not in line
+
+
+def test_an_iterator_is_refused_and_not_read(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, log: Log
+) -> None:
+    clients.send(b"1", b"2")
+    consumer = clients.finite(2)
+    first = next(consumer)
+    rest: Any = (record for record in [first])
+    recorder.started.clear()
+    for wrong, named in ((rest, "generator"), (consumer, "Finite")):
+        with process_span(wrong) as span:
+            line = currentframe().f_lineno - 1  # type: ignore[union-attr]
+            assert span is trace.INVALID_SPAN
+        assert log.take() == [TAKES % (named, line)]
+    assert recorder.started == []
+    assert list(rest) == [first]
+    assert [record.value for record in consumer] == [b"2"]
+
+
+def test_whatever_holds_records_is_a_batch(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    ((_, records),) = batch_of(clients, 2).items()
+    held = dict(enumerate(records))
+    for batch in (tuple(records), deque(records), held.values()):
+        with process_span(batch):  # type: ignore[arg-type]  # of the last one
+            pass
+    for attributes in attributes_of(recorder.named(f"process {topic}")):
+        assert attributes["messaging.batch.message_count"] == 2
 
 
 def test_after_uninstrument_it_is_as_if_never_instrumented(

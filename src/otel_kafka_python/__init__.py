@@ -59,6 +59,7 @@ The words for ends mean the same everywhere:
 
 from otel_kafka_python._config import ConsumeHook, ProduceHook
 from otel_kafka_python._instrumentor import KafkaPythonInstrumentor
+from otel_kafka_python._messages import Record
 from otel_kafka_python._processing.process_span import process_span
 from otel_kafka_python.package import __version__
 
@@ -66,6 +67,7 @@ __all__ = [
     "ConsumeHook",
     "KafkaPythonInstrumentor",
     "ProduceHook",
+    "Record",
     "__version__",
     "process_span",
 ]

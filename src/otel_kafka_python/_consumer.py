@@ -261,7 +261,9 @@ class ConsumerIterator(ScopedIterator):
         )
         if getattr(found, "_self_wrapper", None) == wrappers.advance:
             # Nothing stands above our own wrapper, which has nothing to do here.
-            self._next = found.__wrapped__.__get__(plain, type(plain))
+            self._next: Callable[[], Record] = found.__wrapped__.__get__(
+                plain, type(plain)
+            )
         else:
             self._next = plain.__next__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 from opentelemetry.trace import Link
 
@@ -25,8 +25,38 @@ from otel_kafka_python._semconv import (
     MESSAGING_DESTINATION_PARTITION_ID,
 )
 
-Record = Any
-"""A ConsumerRecord. Read by name: its fields differ between versions."""
+
+@runtime_checkable
+class Record(Protocol):
+    """A ConsumerRecord: what is read of it, which each version of kafka-python has."""
+
+    @property
+    def topic(self) -> str:
+        """The topic's name."""
+
+    @property
+    def partition(self) -> int:
+        """The number of the partition."""
+
+    @property
+    def offset(self) -> int:
+        """The offset in the partition."""
+
+    @property
+    def timestamp(self) -> int | None:
+        """The message's time, in milliseconds since the epoch."""
+
+    @property
+    def key(self) -> Any:
+        """The key, as the consumer has deserialised it."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """The names and the values of the headers."""
+
+    @property
+    def serialized_value_size(self) -> int | None:
+        """The size of the value in bytes; -1 for a tombstone."""
 
 
 def shared(partitions: Collection[tuple[str, int]]) -> tuple[str | None, int | None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger("otel_kafka_python")
 
-_reported: set[tuple[str, type[BaseException] | None]] = set()
+_reported: set[object] = set()
 
 
 def report(action: str) -> None:
@@ -24,10 +24,8 @@ def report(action: str) -> None:
     Args:
         action: What was being done, as the end of "Failed to …".
     """
-    kind = (action, sys.exc_info()[0])
-    if kind in _reported:
+    if not is_new((action, sys.exc_info()[0])):
         return
-    _reported.add(kind)
     # As text: a log handler that keeps its records would otherwise keep the frames
     # of the traceback alive, and with them the iterator of a loop that has ended.
     # That a log handler raises, or the stack is full, is no reason to raise either.
@@ -38,6 +36,14 @@ def report(action: str) -> None:
             action,
             traceback.format_exc(),
         )
+
+
+def is_new(kind: object) -> bool:
+    """Whether a warning of this kind is the first, which is the only one logged."""
+    if kind in _reported:
+        return False
+    _reported.add(kind)
+    return True
 
 
 def text_of(error: BaseException) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from opentelemetry import context as otel_context
@@ -16,7 +17,7 @@ from otel_kafka_python._operation import PROCESS
 from otel_kafka_python._processing.iterators import Records
 from otel_kafka_python._processing.scopes import Scope, scope_of
 from otel_kafka_python._processing.spans import open_batch_scope, open_scope
-from otel_kafka_python._safety import report
+from otel_kafka_python._safety import is_new, logger, report
 from otel_kafka_python._telemetry import Telemetry
 
 # The one that `instrument()` has set up, or the global providers' where nothing
@@ -42,7 +43,8 @@ def process_span(
     of its own.
 
     Args:
-        records: A record, a sequence of records, or what `poll` returned.
+        records: A record, a sequence of records, or what `poll` returned. Not an
+            iterator: reading it here would leave nothing for the application.
         consumer: Where they are from. A record says neither its group nor its
             client nor its server: with the consumer the span has these, too.
 
@@ -67,7 +69,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         try:
             entry = self._open()
         except Exception:
-            report("trace the processing of a record")
+            _explain(self._given, sys._getframe(1))
         self._entries.append(entry)
         scope, _ = entry
         return INVALID_SPAN if scope is None or scope.span is None else scope.span
@@ -125,8 +127,52 @@ def _flatten(given: Any) -> list[Record]:
     lists = given.values() if isinstance(given, Mapping) else [given]
     records: list[Record] = []
     for each in lists:
+        # Asked before anything is read: an iterator's records are the application's.
+        if not _holds_records(each):
+            raise TypeError
         if isinstance(each, Records):
             for record in each.copy():
                 each.take(record)
         records.extend(each)
     return records
+
+
+def _holds_records(given: object) -> bool:
+    return isinstance(given, Collection) and not isinstance(given, str | bytes)
+
+
+def _refused(given: Any) -> str | None:
+    """What `process_span` was given that it does not take, by its type; or None."""
+    name = "None" if given is None else type(given).__qualname__
+    if isinstance(given, Record):
+        return None
+    if hasattr(given, "offset"):
+        return name
+    for each in given.values() if isinstance(given, Mapping) else [given]:
+        if not _holds_records(each):
+            return name if each is given else f"{name} of {type(each).__qualname__}"
+        for record in [*each]:  # not a loop over records that makes spans
+            if not isinstance(record, Record):
+                return f"{name} of {type(record).__qualname__}"
+    return None
+
+
+def _explain(given: Any, caller: FrameType | None) -> None:
+    """Warn of what `process_span` does not take, and of any other failure as ever."""
+    try:
+        refused = _refused(given)
+        while caller is not None and caller.f_globals.get("__name__") == "contextlib":
+            caller = caller.f_back
+        if refused is None or caller is None:
+            report("trace the processing of a record")
+            return
+        place = f"{caller.f_code.co_filename}, line {caller.f_lineno}"
+        if is_new((refused, place)):
+            logger.warning(
+                "process_span() takes a record, a sequence of records, or the dict "
+                "that poll() returned, but got %s (%s); it makes no span",
+                refused,
+                place,
+            )
+    except Exception:
+        report("explain what process_span was given")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import textwrap
 import weakref
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
@@ -20,6 +21,7 @@ from collector import collect
 from conftest import Instrument
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
+    _config,
     _instrumentor,
     _patches,
 )
@@ -225,7 +227,30 @@ def test_instrumenting_never_raises(
     instrument()
     (message,) = log.take()
     assert message.startswith("Failed to instrument kafka-python")
-    KafkaPythonInstrumentor().uninstrument()
+
+
+@pytest.mark.parametrize("failing", [(_patches, "apply"), (_config, "load")])
+def test_what_has_failed_is_not_instrumented_and_can_be_tried_again(
+    instrument: Instrument,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    failing: tuple[Any, str],
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("not today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*failing, fail)
+        instrument()
+    (message,) = log.take()
+    assert message.startswith("Failed to instrument kafka-python")
+    assert not KafkaPythonInstrumentor().is_instrumented_by_opentelemetry
+    instrument()
+    clients.send(b"1")
+    assert recorder.names() == [f"send {topic}"]
 
 
 def test_uninstrumenting_reverts_whatever_fails(
@@ -341,3 +366,81 @@ def test_nothing_of_kafka_is_imported_before_it_is_needed() -> None:
         """
     )
     assert done.stdout == "False\n", (done.stderr, sys.version)
+
+
+BEFORE_THE_IMPORT = """
+    import sys
+    from recorder import Recorder
+    from otel_kafka_python import KafkaPythonInstrumentor, process_span
+    recorder, instrumentor = Recorder(), KafkaPythonInstrumentor()
+
+    def instrument(**settings):
+        instrumentor.instrument(tracer_provider=recorder.tracer_provider, **settings)
+
+    def is_patched(*names):
+        import kafka
+        return [type(vars(kafka.KafkaProducer)[name]).__name__ for name in names]
+
+    instrument()
+    assert "kafka" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("print(is_patched('send'))", "['FunctionWrapper']"),
+        ("import kafka.consumer; print(is_patched('send'))", "['FunctionWrapper']"),
+        (
+            "from kafka.errors import KafkaError; print(is_patched('send'))",
+            "['FunctionWrapper']",
+        ),
+        ("instrumentor.uninstrument(); print(is_patched('send'))", "['function']"),
+        (
+            # One layer, not one for each time that it was asked for.
+            "instrumentor.uninstrument(); instrument(); print(is_patched('send'));"
+            "import kafka; print(type(kafka.KafkaProducer.send.__wrapped__).__name__)",
+            "['FunctionWrapper']\nfunction",
+        ),
+        (
+            "import kafka; instrumentor.uninstrument(); print(is_patched('send'))",
+            "['function']",
+        ),
+    ],
+)
+def test_it_is_patched_when_the_program_imports_it(script: str, said: str) -> None:
+    done = run(textwrap.dedent(BEFORE_THE_IMPORT) + script)
+    assert (done.stdout, done.stderr) == (f"{said}\n", "")
+
+
+def test_an_import_that_fails_fails_as_before_and_may_succeed_later() -> None:
+    done = run(
+        textwrap.dedent(BEFORE_THE_IMPORT)
+        + """
+sys.modules["kafka.errors"] = None
+try:
+    import kafka
+except ImportError as error:
+    print(error.name)
+for name in [name for name in sys.modules if name.split(".")[0] == "kafka"]:
+    del sys.modules[name]
+print(instrumentor.is_instrumented_by_opentelemetry, is_patched("send"))
+"""
+    )
+    assert done.stderr == ""
+    assert done.stdout == "kafka.errors\nTrue ['FunctionWrapper']\n"
+
+
+def test_patching_that_fails_does_not_fail_the_import() -> None:
+    done = run(
+        textwrap.dedent(BEFORE_THE_IMPORT)
+        + """
+from otel_kafka_python import _patches
+def fail(telemetry):
+    raise RuntimeError("no patching today")
+_patches.apply = fail
+print(is_patched("send"), instrumentor.is_instrumented_by_opentelemetry)
+"""
+    )
+    assert done.stdout == "['function'] False\n", done.stderr
+    assert done.stderr.startswith("Failed to instrument kafka-python")

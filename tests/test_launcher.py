@@ -29,6 +29,42 @@ APPLICATION = """
     consumer.close()
 """
 
+# It patches the standard library itself, as a program does that nobody changes for
+# the launcher: what consumes waits while other greenlets go on.
+GREENLETS = """
+    {patch}
+    import sys
+    from kafka import KafkaConsumer, KafkaProducer
+    address, topic = sys.argv[1:3]
+
+    def consume():
+        consumer = KafkaConsumer(
+            topic,
+            bootstrap_servers=address,
+            auto_offset_reset="earliest",
+            consumer_timeout_ms=30_000,
+        )
+        for record in consumer:
+            assert record.value == b"value"
+            break
+        consumer.close()
+
+    def produce():
+        producer = KafkaProducer(bootstrap_servers=address)
+        producer.send(topic, b"value", key=b"key").get(30)
+        producer.close()
+
+    {run}
+"""
+GEVENT = GREENLETS.format(
+    patch="from gevent import monkey, spawn; monkey.patch_all()",
+    run="both = [spawn(consume), spawn(produce)]; [each.get() for each in both]",
+)
+EVENTLET = GREENLETS.format(
+    patch="import eventlet; eventlet.monkey_patch(); from eventlet import spawn",
+    run="both = [spawn(consume), spawn(produce)]; [each.wait() for each in both]",
+)
+
 
 @pytest.fixture
 def receiver() -> Iterator[OtlpProtoTestServer]:
@@ -36,9 +72,14 @@ def receiver() -> Iterator[OtlpProtoTestServer]:
         yield server
 
 
-def launch(clients: Clients, receiver: OtlpProtoTestServer, **environ: str) -> str:
+def launch(
+    clients: Clients,
+    receiver: OtlpProtoTestServer,
+    application: str = APPLICATION,
+    **environ: str,
+) -> str:
     done = run(
-        APPLICATION,
+        application,
         clients.address,
         clients.topic,
         launched=True,
@@ -94,6 +135,43 @@ def test_an_unchanged_application_is_traced_and_measured(
         "messaging.client.consumed.messages",
         "messaging.process.duration",
     }
+
+
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_greenlets_of_a_program_that_patches_itself_are_traced(
+    clients: Clients, receiver: OtlpProtoTestServer, topic: str, library: str
+) -> None:
+    pytest.importorskip(library)
+    launch(
+        clients,
+        receiver,
+        GEVENT if library == "gevent" else EVENTLET,
+        OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="kafka",
+    )
+    found = receiver.get_spans(2, DEADLINE)
+    spans: dict[str, Any] = {each.span.name: each.span for each in found}
+    assert set(spans) == {f"send {topic}", f"process {topic}"}
+    assert spans[f"process {topic}"].parent_span_id == spans[f"send {topic}"].span_id
+
+
+def test_a_program_without_kafka_has_not_imported_it() -> None:
+    """Nor what kafka imports where that is installed, as botocore is."""
+    done = run(
+        """
+        import sys
+        print(sorted({"kafka", "botocore", "boto3"} & set(sys.modules)))
+        print("otel_kafka_python" in sys.modules)
+        """,
+        launched=True,
+        environ={
+            "OTEL_TRACES_EXPORTER": "none",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_LOGS_EXPORTER": "none",
+            # The contrib package imports it.
+            "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "kafka",
+        },
+    )
+    assert (done.stdout, done.stderr) == ("[]\nTrue\n", "")
 
 
 def test_it_can_be_disabled_by_name(

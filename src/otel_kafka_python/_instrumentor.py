@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Collection, Iterable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, NoReturn
 
@@ -83,6 +84,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     ) -> None:
         """Trace all producers and consumers, those that live already, too.
 
+        kafka itself is not imported: the clients are patched once the program
+        imports it, or at once where it has.
+
         What is not given is read from the environment variable that has the
         keyword's name in capitals after `OTEL_PYTHON_KAFKA_`. A malformed value
         is reported by one warning, and the default stands. Instrumenting twice
@@ -156,6 +160,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             raise_exception_on_conflict=raise_exception_on_conflict,
             **unknown,
         )
+        # The base class takes it for done, whatever has failed.
+        if self._telemetry is None:
+            self._is_instrumented_by_opentelemetry = False
 
     def _instrument(self, **kwargs: Any) -> None:
         # An exception here would keep the launcher from loading the
@@ -163,6 +170,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         try:
             self._build(**kwargs)
         except Exception:
+            self._uninstrument()
             report("instrument kafka-python")
 
     def _build(
@@ -181,13 +189,24 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             logger_provider,
             on_new_client=_coexistence.take_over,
         )
-        self._layers = _patches.apply(telemetry)
         self._telemetry = telemetry
         process_span.use(telemetry)
+        _patches.when_imported(partial(self._patch, telemetry))
         # Exit handlers run last in, first out: this one before that of a provider
         # that was set before.
         atexit.unregister(_endings.abandon_all)
         atexit.register(_endings.abandon_all)
+
+    def _patch(self, telemetry: Telemetry) -> None:
+        """Patch the clients' classes, now that the program has imported kafka."""
+        if telemetry is not self._telemetry:  # it was uninstrumented before
+            return
+        try:
+            self._layers = _patches.apply(telemetry)
+        except Exception:
+            self._uninstrument()
+            self._is_instrumented_by_opentelemetry = False
+            report("instrument kafka-python")
 
     def _uninstrument(self, **kwargs: Any) -> None:  # noqa: ARG002 (as overridden)
         if self._telemetry is not None:

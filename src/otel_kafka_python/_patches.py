@@ -30,6 +30,19 @@ class Layer(NamedTuple):
     is_own: bool  # rather than inherited
 
 
+def when_imported(patch: Callable[[], None]) -> None:
+    """Have kafka patched once the program has imported it, or now if it has.
+
+    What kafka takes from the standard library at its import (sockets, the
+    selector) has to be what the program has patched by then, as gevent does.
+
+    Args:
+        patch: What patches it; it must not raise, since it would raise into the
+            program's `import`.
+    """
+    wrapt.register_post_import_hook(lambda _module: patch(), "kafka")
+
+
 def apply(telemetry: Telemetry) -> list[Layer]:
     """Patch the clients' classes.
 

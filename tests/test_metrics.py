@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from clients import DEADLINE, Clients, committable, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor
+from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from recorder import Recorder
 
 OPERATION = "messaging.client.operation.duration"
@@ -28,6 +28,37 @@ PROCESS = "messaging.process.duration"
 SENT = "messaging.client.sent.messages"
 CONSUMED = "messaging.client.consumed.messages"
 MESSAGES = 100_000
+
+
+def test_a_client_names_one_server_whatever_it_does(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """The first that it was told of, whichever broker it then turns to."""
+    clients.create_topic(2)
+    host, port = clients.address.split(":")
+    named = Clients([f"localhost:{port}", clients.address], topic)
+    try:
+        producer = named.producer()
+        for partition in (None, 0, 1):
+            producer.send(topic, b"value", partition=partition).get(DEADLINE)
+        producer.flush()
+        consumer = named.consumer(group_id=topic)
+        for record in poll_records(consumer, 3):
+            with process_span(record, consumer=consumer):
+                pass
+        consumer.commit()
+        consumer.commit(committable(topic, 1))
+    finally:
+        named.close()
+    assert f"commit {topic}" in recorder.names()
+    for span in recorder.ended:
+        assert span.attributes is not None
+        assert span.attributes["server.address"] == "localhost"
+        assert span.attributes["server.port"] == int(port)
+        if span.name == f"send {topic}":
+            assert span.attributes["network.peer.address"] == host
+    points: list[Any] = [p for m in recorder.metrics() for p in m.data.data_points]
+    assert {point.attributes["server.address"] for point in points} == {"localhost"}
 
 
 def metric(recorder: Recorder, name: str) -> Any:

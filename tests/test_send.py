@@ -490,8 +490,8 @@ class _Unreadable(int):
 class _UnreadableClass:
     """A key that is a proxy of nothing, as in a request that has ended."""
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]  # it has none
+    @property  # type: ignore[misc]  # it is of a property that can be set
+    def __class__(self) -> Any:
         raise RuntimeError("no class today")
 
 

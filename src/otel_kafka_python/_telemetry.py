@@ -29,7 +29,6 @@ from otel_kafka_python._config import Config
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import Instruments, Metrics
 from otel_kafka_python._operation import (
-    COMMIT,
     POLL,
     PROCESS,
     SEND,
@@ -164,17 +163,8 @@ class Telemetry:
     def _build_template(
         self, client: TracedClient, kind: Kind, topic: str | None, partition: int | None
     ) -> OperationTemplate:
-        # Offsets go to the group's coordinator, which is no partition's leader.
-        leader = None
-        if topic is not None and kind is not COMMIT:
-            leader = client.leader(topic, partition)
         duration_attributes = operation_attributes(
-            kind.name,
-            kind.type,
-            topic,
-            partition,
-            client.group,
-            leader or client.bootstrap,
+            kind.name, kind.type, topic, partition, client.group, client.bootstrap
         )
         count_attributes = without_operation_type(duration_attributes)
         attributes = duration_attributes
@@ -186,8 +176,9 @@ class Telemetry:
             end_attributes = of_client
         else:
             attributes = {**attributes, **of_client}
-        if kind is POLL and leader is not None:
-            attributes.update(peer_attributes(leader))
+        # A template with a partition is of records that its leader has answered with.
+        if kind is POLL and topic is not None:
+            attributes.update(peer_attributes(client.leader(topic, partition)))
         duration = messages = queue_time = None
         instruments = self._instruments()
         self.measures = instruments is not None

@@ -6,7 +6,8 @@ import enum
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -259,10 +260,8 @@ def test_a_message_too_large_for_the_client(
     span = recorder.one(f"send {topic}")
     assert_failed(span, raised, "MESSAGE_TOO_LARGE")
     assert "messaging.kafka.offset" not in (span.attributes or {})
-    # Where `send` raises, the client has never had the message.
-    assert recorder.count(
-        "messaging.client.sent.messages", error_type="MESSAGE_TOO_LARGE"
-    ) == (0 if VERSION >= (3, 0) else 1)
+    assert "network.peer.address" not in (span.attributes or {})
+    assert recorder.count("messaging.client.sent.messages") == 0
 
 
 @sends_large
@@ -309,6 +308,70 @@ def test_messages_that_expire_because_the_broker_is_gone(
     assert "network.peer.address" not in lost.attributes
     assert lost.attributes["messaging.destination.partition.id"] == "0"
     assert recorder.open() == []
+
+
+def test_messages_that_expire_before_they_are_sent_are_no_attempt(
+    instrumented: None, own_clients: Clients, own_broker: EmbeddedBroker,
+    recorder: Recorder, topic: str,
+) -> None:  # fmt: skip
+    """Of a frozen broker the first are sent, and those behind them are not."""
+    producer = own_clients.producer(
+        **impatient(linger_ms=0, max_in_flight_requests_per_connection=1)
+    )
+    producer.send(topic, b"warm").get(DEADLINE)
+    os.kill(own_broker.pid, signal.SIGSTOP)
+    futures = [producer.send(topic, b"sent")]
+    batch = next(iter(producer._accumulator._incomplete.all()))
+    until(lambda: batch.drained is not None)
+    futures.append(producer.send(topic, b"waiting"))
+    for future in futures:
+        with pytest.raises(kafka.errors.KafkaError):
+            future.get(DEADLINE)
+    until(lambda: not recorder.open())
+    assert len(recorder.named(f"send {topic}")) == 3
+    assert recorder.count("messaging.client.sent.messages") == 2
+
+
+def test_messages_that_a_close_drops_are_no_attempt(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.partitions_for(topic)
+    future = producer.send(topic, b"dropped")
+    # As `close` does where the time that it is given is over.
+    producer._sender.force_close()
+    producer._sender.join(DEADLINE)
+    span = recorder.one(f"send {topic}")
+    assert_failed(span, future.exception, "IllegalStateError")
+    assert "network.peer.address" not in (span.attributes or {})
+    assert recorder.count("messaging.client.sent.messages") == 0
+    assert recorder.count(
+        "messaging.client.operation.duration", error_type="IllegalStateError"
+    ) == 1  # fmt: skip
+
+
+def test_where_nothing_answers_there_is_no_offset_and_no_peer(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"0", b"1")
+    producer = clients.producer(acks=0)
+    producer.send(topic, b"2").get(DEADLINE)
+    producer.flush()
+    span = recorder.named(f"send {topic}")[-1]
+    assert span.attributes is not None
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.attributes["messaging.destination.partition.id"] == "0"
+    assert "messaging.kafka.offset" not in span.attributes
+    assert "network.peer.address" not in span.attributes
+    assert recorder.count("messaging.client.sent.messages") == 3
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait until something has happened on another thread."""
+    deadline = time.monotonic() + DEADLINE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class _Failing(SpanProcessor):

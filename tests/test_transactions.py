@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, Clients, committable, poll_records
 from conftest import Instrument
+from deliveries import until_all_have_ended
 from recorder import Recorder, attributes_of
 from scripts import run
 
@@ -79,6 +80,39 @@ def test_an_aborted_transaction(
     assert future.is_done
     assert future.failed() == (sent.status.status_code is StatusCode.ERROR)
     assert recorder.open() == []
+
+
+def test_messages_of_an_aborted_transaction_that_were_not_sent_are_no_attempt(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer(transactional_id=topic, linger_ms=int(DEADLINE * 1000))
+    producer.init_transactions()
+    producer.partitions_for(topic)
+    producer.begin_transaction()
+    future = producer.send(topic, b"value")
+    producer.abort_transaction()
+    until_all_have_ended(recorder)
+    assert future.failed()
+    (attributes,) = attributes_of([recorder.one(f"send {topic}")])
+    assert "network.peer.address" not in attributes
+    assert recorder.count("messaging.client.sent.messages") == 0
+
+
+def test_messages_of_a_producer_that_its_coordinator_has_fenced_are_no_attempt(
+    instrumented: None, clients: Clients, producer: Any, recorder: Recorder, topic: str
+) -> None:
+    producer.partitions_for(topic)
+    other = clients.producer(transactional_id=topic)
+    other.init_transactions()
+    producer.begin_transaction()
+    future = producer.send(topic, b"value")
+    with pytest.raises(kafka.errors.KafkaError):
+        future.get(DEADLINE)
+    until_all_have_ended(recorder)
+    (attributes,) = attributes_of([recorder.one(f"send {topic}")])
+    assert "error.type" in attributes
+    assert "network.peer.address" not in attributes
+    assert recorder.count("messaging.client.sent.messages") == 0
 
 
 @pytest.mark.parametrize("commits", [True, False], ids=["commit", "abort"])

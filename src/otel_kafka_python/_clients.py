@@ -20,6 +20,7 @@ class Client:
         bootstrap: The first of its bootstrap servers, if it has any.
         sends_headers: Whether its broker takes records with headers.
         cluster: Gives kafka-python's ClusterMetadata of it, or None.
+        is_answered: Whether brokers acknowledge what it sends.
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class Client:
         "client_id",
         "group",
         "instance",
+        "is_answered",
         "sends_headers",
     )
 
@@ -41,11 +43,13 @@ class Client:
         *,
         sends_headers: bool = True,
         cluster: Callable[[], Any] = lambda: None,
+        is_answered: bool = True,
     ) -> None:
         self.client_id = client_id
         self.group = group
         self.bootstrap = bootstrap
         self.sends_headers = sends_headers
+        self.is_answered = is_answered
         # Gives the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
         self._cluster = cluster
@@ -133,6 +137,7 @@ class Clients(Generic[ClientT]):
             settings.bootstrap,
             sends_headers=_kafka.sends_headers(instance),
             cluster=settings.cluster,
+            is_answered=settings.is_answered,
         )
         # Called back before its memory, and so its identity, can be another's.
         client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
 _DEFAULT_PORT = 9092
@@ -36,6 +37,9 @@ _KAFKA_ERROR_NAMES = {
     39: "INVALID_REPLICA_ASSIGNMENT",
 }
 _REQUEST_TIMED_OUT = 7
+
+# The methods by which a batch of messages completes their futures, in all versions.
+_BATCH_ENDS = ("done", "_complete_future")
 
 # What a consumer's coordinator commits offsets by, in all versions up to 3.0, and
 # what it reads committed ones by.
@@ -81,6 +85,7 @@ class Settings(NamedTuple):
     group: str | None
     bootstrap: Server | None
     cluster: Callable[[], Any]  # gives its ClusterMetadata, or None
+    is_answered: bool  # whether brokers acknowledge what it sends
 
 
 def settings(instance: Any) -> Settings:
@@ -100,6 +105,7 @@ def settings(instance: Any) -> Settings:
         group=plain(config.get("group_id")),
         bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
         cluster=(lambda: None) if cluster is None else weakref.ref(cluster),
+        is_answered=config.get("acks") != 0,
     )
 
 
@@ -276,15 +282,52 @@ class PendingSend(NamedTuple):
     # the application gave.
     partition: Any
     size: int  # of the serialised value in bytes, -1 if it is null
-    error: BaseException | None  # of a future that had failed already
+    # Of a future that had failed before `send` returned it: the client has refused it.
+    error: BaseException | None
 
 
 def pending_send(future: Any) -> PendingSend:
     """What the future that `send` has returned knows of its message."""
-    _, partition = future._produce_future.topic_partition
-    error = future.exception if future.is_done else None
+    batch = future._produce_future
+    _, partition = batch.topic_partition
+    error = future.exception if future.is_done and not batch.is_done else None
     failed = isinstance(error, BaseException)
     return PendingSend(partition, future.args[4], error if failed else None)
+
+
+class FailedSend(NamedTuple):
+    """How far a message has come that is not delivered."""
+
+    was_sent: bool  # to a broker, or may have been
+    is_answered: bool  # by the partition's leader, with the error
+
+
+def failed_send(error: BaseException) -> FailedSend:
+    """How far a message had come whose future fails now, on this thread."""
+    batch = _failing_batch()
+    # In a state of its own since 2.2: what the client gives up, for whatever reason.
+    aborted = getattr(getattr(batch, "final_state", None), "name", None) == "ABORTED"
+    return FailedSend(
+        was_sent=batch is None or batch.drained is not None,
+        is_answered=not aborted and is_answer(error),
+    )
+
+
+def _failing_batch() -> Any:
+    """The batch of the producer's that fails now, on this thread, if it can be found.
+
+    Nothing leads from a future to its batch: it is looked for among the callers.
+    """
+    from kafka.producer.record_accumulator import ProducerBatch  # noqa: PLC0415
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name in _BATCH_ENDS:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, ProducerBatch):
+                return caller
+        frame = frame.f_back
+    return None
 
 
 def coordinator_class() -> type | None:
@@ -434,7 +477,7 @@ def error_type(error: BaseException) -> str:
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether an error that ended a pending send is the broker's own answer.
+    """Whether an error that ended a send or a commit is the broker's own answer.
 
     Up to 2.1 a batch that expires in the client fails with the broker's error
     for a time-out, so that one says nothing of where it is from.

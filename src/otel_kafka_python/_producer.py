@@ -89,7 +89,7 @@ class Delivery(PendingOperation):
             if error is None:
                 _kafka.when_done(future, self)
             else:
-                self._end_failed(error, time.time_ns(), at_once=True)
+                self._end_failed(error, time.time_ns(), was_refused=True)
         except Exception:
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
@@ -98,26 +98,34 @@ class Delivery(PendingOperation):
     def _end_succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
         known = self._answer_attributes(partition)
-        attributes = add_message({**known}, metadata.offset, self._key, self._size)
+        # Where nothing answers, kafka-python 3 makes offsets up.
+        offset = metadata.offset if self._client.is_answered else None
+        attributes = add_message({**known}, offset, self._key, self._size)
         self.end(attributes, ended=ended, partition=partition, messages=1)
 
     def _end_failed(
-        self, error: BaseException, ended: int, *, at_once: bool = False
+        self, error: BaseException, ended: int, *, was_refused: bool = False
     ) -> None:
         if not self.claim():
             return
         self.fail(error)
         partition = _kafka.partition_number(self._partition)
-        if partition is not None and not at_once and _kafka.is_answer(error):
+        was_sent = is_answered = False
+        if not was_refused:
+            was_sent, is_answered = _kafka.failed_send(error)
+        if partition is not None and is_answered:
             known = self._answer_attributes(partition)
         else:
             known = self._partition_attributes(partition)
         attributes = add_message({**known}, None, self._key, self._size)
-        self.end_claimed(attributes, ended=ended, partition=partition, messages=1)
+        self.end_claimed(
+            attributes, ended=ended, partition=partition, messages=int(was_sent)
+        )
 
     def _known_attributes(self) -> Attributes:
-        known = self.template.end_attributes
-        return add_message({**known}, None, self._key, self._size)
+        partition = _kafka.partition_number(self._partition)
+        known = self._partition_attributes(partition)
+        return add_message(known, None, self._key, self._size)
 
     def _partition_attributes(self, partition: int | None) -> Attributes:
         """The attributes of all messages to a partition."""
@@ -141,8 +149,8 @@ class Delivery(PendingOperation):
             # The cluster may not have been known when it was sent.
             if not self.template.knows_cluster:
                 known.update(client_attributes(None, client.cluster_id))
-            leader = None if topic is None else client.leader(topic, partition)
-            known.update(peer_attributes(leader))
+            if topic is not None and client.is_answered:
+                known.update(peer_attributes(client.leader(topic, partition)))
         except Exception:
             report("read the metadata of a producer")
         return known

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -197,6 +198,16 @@ def of_delegation(items: Items) -> None:
         pass
 
 
+def of_generator_expression(items: Items) -> None:
+    for _ in (item for item in items if item):
+        pass
+
+
+def of_nested_generator_expressions(items: Items) -> None:
+    for _ in (x for item in (item for item in items) for x in item):
+        pass
+
+
 def of_delegation_twice(items: Items) -> None:
     for _ in _delegate(_delegate(items)):
         pass
@@ -254,7 +265,8 @@ LOOPS = [
     ending_with_comprehension, ending_with_dict_comprehension, ending_with_nested_loop,
     nested_in_loop, of_enumerate, of_zip, of_islice, of_chain, of_map, in_generator,
     in_generator_before_it_yields, with_async_comprehension,
-    of_delegation, of_delegation_twice, in_lambda_called, in_class_body,
+    of_delegation, of_delegation_twice, of_generator_expression,
+    of_nested_generator_expressions, in_lambda_called, in_class_body,
     in_exec, in_coroutine, in_thread, with_match,
     with_large_body, with_large_body_before,
 ]  # fmt: skip
@@ -265,6 +277,13 @@ async def _async_comprehension(items: Items) -> Any:
         yield 1
 
     return [y async for _ in each() for y in items]
+
+
+async def _async_generator_expression(items: Items) -> Any:
+    async def same(item: Any) -> Any:
+        return item
+
+    return [each async for each in (await same(item) for item in items)]
 
 
 def _as_argument(*arguments: Any) -> int:
@@ -279,6 +298,9 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
     "deque": deque,
     "join": lambda items: ",".join(map(str, items)),
     "any": lambda items: any(not item for item in items),
+    "all": lambda items: all(item for item in items),
+    "tuple of genexpr": lambda items: tuple(item for item in items),
+    "set of genexpr": lambda items: set(item for item in items),
     "max": max,
     "extend": lambda items: [].extend(items),
     "star": lambda items: [*items],
@@ -300,6 +322,10 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
     "dictcomp": lambda items: dict.fromkeys(items, 1),
     "outer of dictcomp": lambda items: {x: 1 for item in items for x in item},
     "genexpr": lambda items: list(item for item in items),
+    "sum of genexpr": lambda items: sum(1 for item in items),
+    "next of genexpr": lambda items: next(item for item in items),
+    "listcomp of genexpr": lambda items: [x for x in (item for item in items)],
+    "async genexpr": lambda items: asyncio.run(_async_generator_expression(items)),
     "async comprehension": lambda items: asyncio.run(_async_comprehension(items)),
     "yield from": lambda items: list(_delegate(items)),
     "next of yield from": lambda items: next(_delegate(items)),
@@ -317,6 +343,18 @@ OTHERS: dict[str, Callable[[Items], Any]] = {
     "filter": lambda items: list(filter(None, items)),
     "chain": lambda items: list(itertools.chain(items, ())),
 }
+
+
+if sys.version_info >= (3, 15):
+    for _unpacking in (
+        "[*item for item in items]",
+        "{*item for item in items}",
+        "{**{item: 1} for item in items}",
+        "list(*item for item in items)",
+        "[*item for item in items if item]",
+        "[*x for item in items for x in (item,)]",
+    ):
+        OTHERS[_unpacking] = lambda items, text=_unpacking: eval(text, {"items": items})
 
 
 def _delegate(items: Any) -> Iterator[Any]:
@@ -448,6 +486,20 @@ def test_after_many_rounds_the_answer_is_the_same() -> None:
         _loops.asker_at.cache_clear()
         plain(items)
         assert all(items.answers)
+
+
+def test_code_of_another_file_is_not_taken_for_it(tmp_path: Path) -> None:
+    """The equality of code objects leaves their file out."""
+    text = "for _ in items: pass"
+    library = compile(text, str(Path(asyncio.__file__)), "exec")
+    program = compile(text, str(tmp_path / "program.py"), "exec")
+    assert library == program
+    answers = []
+    for code in (library, program, library):
+        items = Items()
+        exec(code, {"items": items})
+        answers.append(any(items.answers))
+    assert answers == [False, True, False]
 
 
 def test_without_a_frame_there_is_no_loop() -> None:

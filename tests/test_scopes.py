@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import operator
 import pickle
 import sys
 import threading
@@ -1000,3 +1001,44 @@ def test_a_hook_that_ends_the_application_leaves_nothing_open(
             pass
     assert trace.get_current_span() is trace.INVALID_SPAN
     assert recorder.open() == []
+
+
+def loop_reversed(clients: Clients, watch: Watch) -> None:
+    for record in reversed(records_of(clients)):
+        watch(record)
+
+
+def loop_over_generator_expression(clients: Clients, watch: Watch) -> None:
+    for record in (each for each in records_of(clients) if each.offset):
+        watch(record)
+
+
+@pytest.mark.parametrize("loop", [loop_reversed, loop_over_generator_expression])
+def test_a_loop_in_another_order_or_over_some_makes_process_spans_too(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    loop: Program,
+) -> None:
+    clients.send(*(b"%d" % number for number in range(COUNT)))
+    watch = Watch()
+    loop(clients, watch)
+    assert watch.current == [(True, True)] * len(watch.seen)
+    spans = recorder.named(f"process {topic}")
+    offsets = [span["messaging.kafka.offset"] for span in attributes_of(spans)]
+    assert set(offsets) >= {offset for _, offset, _ in watch.seen}
+    assert not recorder.open()
+
+
+def test_what_is_reversed_ends_and_copies_as_a_lists_does(
+    instrumented: None, clients: Clients
+) -> None:
+    clients.send(*(b"%d" % number for number in range(COUNT)))
+    backwards = reversed(records_of(clients))
+    assert next(backwards).offset == COUNT - 1
+    assert operator.length_hint(backwards) == COUNT - 1
+    assert next(copy.copy(backwards)).offset == COUNT - 2
+    assert next(pickle.loads(pickle.dumps(backwards))).offset == COUNT - 2
+    assert [record.offset for record in backwards] == [4, 3, 2, 1, 0]
+    assert list(copy.copy(backwards)) == []

@@ -66,9 +66,10 @@ class ScopedIterator:
             frame: FrameType = sys._getframe(2)
         except ValueError:  # nothing written in Python did
             return False
-        if frame.f_code is not self._asked_in or frame.f_lasti != self._asked_at:
-            self._asked_in, self._asked_at = frame.f_code, frame.f_lasti
-            self._asker = asker_at(frame.f_code, frame.f_lasti)
+        code, offset = frame.f_code, frame.f_lasti
+        if code is not self._asked_in or offset != self._asked_at:
+            self._asked_in, self._asked_at = code, offset
+            self._asker = asker_at(code, code.co_filename, offset)
         if self._asker is Asker.LOOP:
             return True
         return self._asker is Asker.GENERATOR and is_loop(frame.f_back)
@@ -117,7 +118,13 @@ class Records(list[Record]):
     def __iter__(self) -> Iterator[Record]:
         if self.telemetry is None or self.client is None:
             return super().__iter__()
-        return RecordsIterator(self, self.telemetry, self.client)
+        return RecordsIterator(self, super().__iter__(), self.telemetry, self.client)
+
+    def __reversed__(self) -> Iterator[Record]:
+        plain = super().__reversed__()
+        if self.telemetry is None or self.client is None:
+            return plain
+        return RecordsIterator(self, plain, self.telemetry, self.client)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         return list, (self.copy(),)
@@ -133,18 +140,29 @@ class Records(list[Record]):
 
 
 class RecordsIterator(ScopedIterator):
-    """The iterator of `Records`."""
+    """An iterator over `Records`.
+
+    Args:
+        records: The records.
+        plain: A plain list's iterator over them, in the order that is asked for.
+        telemetry: What the instrumentation works with.
+        client: The consumer.
+    """
 
     __slots__ = ("_client", "_plain", "_records", "_telemetry")
 
     def __init__(
-        self, records: Records, telemetry: Telemetry, client: TracedClient
+        self,
+        records: Records,
+        plain: Iterator[Record],
+        telemetry: Telemetry,
+        client: TracedClient,
     ) -> None:
         super().__init__()
         self._telemetry = telemetry
         self._client = client
         self._records = records
-        self._plain = list.__iter__(records)
+        self._plain = plain
 
     def __reduce__(self) -> Any:
         # As that of a plain list, where it stands.

@@ -17,15 +17,18 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import Enum, auto
 from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 
-_COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
+_COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>"})
 _DELEGATIONS = frozenset({"SEND", "YIELD_FROM"})
 _YIELDS = _DELEGATIONS | {"YIELD_VALUE"}
-_APPENDS = frozenset({"LIST_APPEND", "SET_ADD", "MAP_ADD"})
+_APPENDS = frozenset(
+    {"LIST_APPEND", "SET_ADD", "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE"}
+)
 # What stands between the last instruction of a loop's body and the first after
 # it; several in a row where the loop is the end of another loop's body.
 _LOOP_ENDS = frozenset(
@@ -40,8 +43,8 @@ class Asker(Enum):
     """What kind of instruction asks for the next item."""
 
     LOOP = auto()
-    # A generator's loop that yields, or its `yield from`: nothing but a loop over the
-    # generator bounds what happens to an item.
+    # A generator's loop that yields, a generator expression's too, or its `yield
+    # from`: nothing but a loop over the generator bounds what happens to an item.
     GENERATOR = auto()
     OTHER = auto()
 
@@ -56,7 +59,8 @@ def is_loop(frame: FrameType | None) -> bool:
         frame: The frame that called the iterator's `__next__`.
     """
     while frame is not None:
-        asker = asker_at(frame.f_code, frame.f_lasti)
+        code = frame.f_code
+        asker = asker_at(code, code.co_filename, frame.f_lasti)
         if asker is not Asker.GENERATOR:
             return asker is Asker.LOOP
         frame = frame.f_back
@@ -64,9 +68,15 @@ def is_loop(frame: FrameType | None) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def asker_at(code: CodeType, offset: int) -> Asker:
-    """What the instruction at `offset` of `code` is, as far as that is known."""
-    if not _is_trusted() or _is_library(code.co_filename):
+def asker_at(code: CodeType, filename: str, offset: int) -> Asker:
+    """What the instruction at `offset` of `code` is, as far as that is known.
+
+    Args:
+        code: The code.
+        filename: Its file, which the equality of code objects leaves out.
+        offset: The offset of the instruction, as `f_lasti` gives it.
+    """
+    if not _is_trusted() or _is_library(filename):
         return Asker.OTHER
     return _read(code, offset)
 
@@ -82,18 +92,19 @@ def _is_library(filename: str) -> bool:
 
 
 def _read(code: CodeType, offset: int) -> Asker:
-    if code.co_name in _COMPREHENSIONS:
+    is_generator = bool(code.co_flags & inspect.CO_GENERATOR)
+    if code.co_name in _COMPREHENSIONS or (
+        code.co_name == "<genexpr>" and not is_generator  # but an asynchronous one
+    ):
         return Asker.OTHER
     instructions = list(dis.get_instructions(code))
-    # The offset may be that of an inline cache behind the instruction, or of an
-    # EXTENDED_ARG before it.
-    index = max(i for i, each in enumerate(instructions) if each.offset <= offset)
-    while instructions[index].opname == "EXTENDED_ARG":
-        index += 1
+    index = _index_of(instructions, offset)
     asking = instructions[index]
     if asking.opname in _DELEGATIONS:
         return Asker.GENERATOR
-    if asking.opname != "FOR_ITER":
+    # Since 3.14 `any` and `all` of a generator expression loop inline. They test an
+    # item, where a statement stores it.
+    if asking.opname != "FOR_ITER" or instructions[index + 1].opname == "TO_BOOL":
         return Asker.OTHER
     # Since 3.12 a comprehension stands inline in the code around it. It differs
     # from a statement in that each round of its loop ends with an append.
@@ -108,12 +119,21 @@ def _read(code: CodeType, offset: int) -> Asker:
             and _last_of_body(instructions, back) in _APPENDS
         ):
             return Asker.OTHER
-    if code.co_flags & inspect.CO_GENERATOR and any(
+    if is_generator and any(
         each.opname in _YIELDS and asking.offset < each.offset < asking.argval
         for each in instructions
     ):
         return Asker.GENERATOR
     return Asker.LOOP
+
+
+def _index_of(instructions: list[dis.Instruction], offset: int) -> int:
+    # The offset may be that of an inline cache behind the instruction, or of an
+    # EXTENDED_ARG before it.
+    index = max(i for i, each in enumerate(instructions) if each.offset <= offset)
+    while instructions[index].opname == "EXTENDED_ARG":
+        index += 1
+    return index
 
 
 def _last_of_body(instructions: list[dis.Instruction], back: int) -> str:
@@ -173,8 +193,8 @@ def _try_statements() -> list[bool]:
 
 
 def _try_others() -> list[bool]:
-    probes = [_Probe() for _ in range(7)]
-    one, two, three, four, five, six, seven = probes
+    probes = [_Probe() for _ in range(8)]
+    one, two, three, four, five, six, seven, eight = probes
     list(one)
     [*two]
     [item for item in three]
@@ -182,4 +202,11 @@ def _try_others() -> list[bool]:
     {item: 1 for item in five if item}
     list(item for item in six)
     next(seven)
+    any(not item for item in eight)
+    # What is no syntax before Python 3.15 has to be compiled to be tried.
+    for unpacking in ("[*i for i in it]", "{*i for i in it}", "{**{i: 1} for i in it}"):
+        probe = _Probe()
+        with suppress(SyntaxError):
+            eval(unpacking, {"it": probe})  # noqa: S307 (it is one of these)
+            probes.append(probe)
     return [answer for probe in probes for answer in probe.answers]

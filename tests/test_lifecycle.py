@@ -331,3 +331,36 @@ def test_messages_in_flight_survive_uninstrument(
     producer.flush()
     assert recorder.open() == []
     assert recorder.one(f"send {topic}").status.status_code is StatusCode.UNSET
+
+
+def test_an_interpreter_without_cpythons_own_functions_loses_no_more_than_loops(
+    clients: Clients, topic: str
+) -> None:
+    clients.send(b"value")
+    told = run_recorded(
+        """
+        from otel_kafka_python import process_span
+        address, topic = sys.argv[1:]
+        producer = KafkaProducer(bootstrap_servers=address)
+        producer.send(topic, b"value").get(30)
+        consumer = KafkaConsumer(
+            topic, bootstrap_servers=address, auto_offset_reset="earliest"
+        )
+        for record in consumer:
+            break
+        with process_span(record):
+            pass
+        with process_span(object()):
+            pass
+        consumer.close()
+        producer.close()
+        """,
+        clients.address,
+        topic,
+        first="import gc, sys; del gc.callbacks, gc.unfreeze, sys._getframe\n",
+    )
+    (refused,) = told["logged"]
+    assert "Failed to trace the processing of a record" in str(refused)
+    assert told["open"] == []
+    names = [name for name, *_ in told["ended"]]
+    assert names == [f"send {topic}", f"poll {topic}", f"process {topic}"]

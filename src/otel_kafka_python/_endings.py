@@ -45,8 +45,8 @@ _collecting: int | None = None
 
 
 def is_collecting() -> bool:
-    """Whether the garbage collector runs on this thread now."""
-    return _collecting == threading.get_ident()
+    """Whether the garbage collector runs on this thread now, as far as it tells."""
+    return not _collector_tells or _collecting == threading.get_ident()
 
 
 def _on_collection(phase: str, _info: Mapping[str, int]) -> None:
@@ -54,7 +54,10 @@ def _on_collection(phase: str, _info: Mapping[str, int]) -> None:
     _collecting = threading.get_ident() if phase == "start" else None
 
 
-gc.callbacks.append(_on_collection)
+# PyPy's collector does not tell; without reference counts nothing else finalises.
+_collector_tells = hasattr(gc, "callbacks")
+if _collector_tells:
+    gc.callbacks.append(_on_collection)
 
 
 def defer(operation: Endable) -> None:
@@ -76,7 +79,8 @@ def abandon_deferred() -> None:
 def abandon_all() -> None:
     """Abandon all operations, because the interpreter exits."""
     abandon_deferred()
-    gc.unfreeze()  # the collector does not list frozen objects
+    if hasattr(gc, "unfreeze"):
+        gc.unfreeze()  # the collector does not list frozen objects
     # Asking the garbage collector for them costs nothing until now, which a
     # register of all messages in flight would.
     ended = time.time_ns()

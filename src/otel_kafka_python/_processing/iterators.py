@@ -64,7 +64,8 @@ class ScopedIterator:
         # again, so the last answer nearly always holds.
         try:
             frame: FrameType = sys._getframe(2)
-        except ValueError:  # nothing written in Python did
+        except (AttributeError, ValueError):
+            # The interpreter shows no frames, or nothing written in Python asked.
             return False
         code, offset = frame.f_code, frame.f_lasti
         if code is not self._asked_in or offset != self._asked_at:

@@ -69,7 +69,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         try:
             entry = self._open()
         except Exception:
-            _explain(self._given, sys._getframe(1))
+            _explain(self._given)
         self._entries.append(entry)
         scope, _ = entry
         return INVALID_SPAN if scope is None or scope.span is None else scope.span
@@ -157,9 +157,12 @@ def _refused(given: Any) -> str | None:
     return None
 
 
-def _explain(given: Any, caller: FrameType | None) -> None:
+def _explain(given: Any) -> None:
     """Warn of what `process_span` does not take, and of any other failure as ever."""
     try:
+        caller: FrameType | None = None
+        if hasattr(sys, "_getframe"):
+            caller = sys._getframe(2)
         refused = _refused(given)
         while caller is not None and caller.f_globals.get("__name__") == "contextlib":
             caller = caller.f_back

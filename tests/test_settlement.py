@@ -43,6 +43,13 @@ def commits(recorder: Recorder) -> list[str]:
     return [name for name in recorder.names() if name.startswith("commit")]
 
 
+def measured(recorder: Recorder) -> int:
+    """How many commits the duration was measured of."""
+    return recorder.count(
+        "messaging.client.operation.duration", messaging_operation_name="commit"
+    )
+
+
 def test_a_commit_in_a_loop_is_a_child_of_the_process_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -274,12 +281,7 @@ def test_commits_without_spans_are_measured(
     poll(consumer)
     consumer.commit()
     assert commits(recorder) == []
-    assert (
-        recorder.count(
-            "messaging.client.operation.duration", messaging_operation_name="commit"
-        )
-        == 1
-    )
+    assert measured(recorder) == 1
 
 
 def test_excluded_topics_are_as_if_they_were_not_committed(
@@ -300,7 +302,7 @@ def test_excluded_topics_are_as_if_they_were_not_committed(
 
 
 @pytest.mark.parametrize("way", ["loop", "poll"])
-def test_auto_commits_make_nothing_unless_asked_for(
+def test_auto_commits_are_measured_and_make_no_span_unless_asked_for(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
 ) -> None:
     clients.send(b"1", b"2")
@@ -314,12 +316,7 @@ def test_auto_commits_make_nothing_unless_asked_for(
         poll_records(consumer, 2)
     consumer.close()
     assert commits(recorder) == []
-    assert (
-        recorder.points(
-            "messaging.client.operation.duration", messaging_operation_name="commit"
-        )
-        == []
-    )
+    assert measured(recorder) >= 1
 
 
 def auto_committing(clients: Clients, **config: Any) -> Any:
@@ -423,16 +420,76 @@ def _commit_before_a_rebalance(clients: Clients, recorder: Recorder) -> None:
     assert span.status.status_code is StatusCode.UNSET
 
 
-def test_a_commit_that_is_asked_for_is_traced_even_if_it_moves_nothing(
-    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+@pytest.mark.parametrize("way", ["commit", "commit_async"])
+def test_a_commit_that_moves_no_offset_is_measured_and_makes_no_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, way: str
 ) -> None:
-    instrument(commit_spans="all")
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+
+    def commit() -> None:
+        future = getattr(consumer, way)()
+        until(lambda: future is None or future.is_done, consumer.topics)
+
+    poll(consumer)
+    commit()
+    commit()
+    clients.send(b"2")
+    poll(consumer)
+    commit()
+    assert [
+        attributes["messaging.kafka.offset"]
+        for attributes in attributes_of(recorder.named(f"commit {topic}"))
+    ] == [0, 1]
+    assert measured(recorder) == 3
+
+
+def test_a_group_that_starts_again_commits_nothing_new(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    first = clients.consumer(group_id=topic)
+    poll(first)
+    first.commit()
+    first.close()
+    again = clients.consumer(group_id=topic)
+    poll_until(again, lambda: bool(again.assignment()))
+    assert again.position(TopicPartition(topic, 0)) == 1
+    again.commit()
+    assert commits(recorder) == [f"commit {topic}"]
+    assert measured(recorder) == 2
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "suppressed"])
+def test_a_commit_that_failed_has_moved_nothing(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    traced: bool,
+) -> None:
     clients.send(b"1")
     consumer = clients.consumer(group_id=topic)
     poll(consumer)
+    error = kafka.errors.GroupAuthorizationFailedError(topic)
+
+    # No broker refuses a commit at a moment that is known.
+    async def refuse_later(*_: Any) -> Any:
+        raise error
+
+    refuse = refuse_later if VERSION >= (3, 0) else lambda *_: Future().failure(error)
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsumerCoordinator, "_send_offset_commit_request", refuse)
+        with (
+            contextlib.nullcontext() if traced else suppress_instrumentation(),
+            pytest.raises(kafka.errors.GroupAuthorizationFailedError),
+        ):
+            consumer.commit()
     consumer.commit()
-    consumer.commit()
-    assert commits(recorder) == [f"commit {topic}"] * 2
+    last = recorder.named(f"commit {topic}")[-1]
+    assert last.status.status_code is StatusCode.UNSET
+    assert len(commits(recorder)) == (2 if traced else 1)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["offsets", "no offsets"])
@@ -450,15 +507,15 @@ def test_where_kafka_python_lacks_the_methods_the_public_ones_are_traced(
     clients.send(b"1", b"2")
     consumer = clients.consumer(group_id=topic)
     poll_records(consumer, 2)
-    offsets = committable(topic, 2) if given else None
-    consumer.commit(offsets)
-    future = consumer.commit_async(offsets)
+    consumer.commit(committable(topic, 1) if given else None)
+    future = consumer.commit_async(committable(topic, 2) if given else None)
     poll_until(consumer, lambda: bool(future.is_done))
     name = f"commit {topic}" if given else "commit"
     assert commits(recorder) == [name, name]
-    for attributes in attributes_of(recorder.named(name)):
-        assert attributes["messaging.consumer.group.name"] == topic
-        assert attributes.get("messaging.kafka.offset") == (1 if given else None)
+    told = attributes_of(recorder.named(name))
+    assert [each["messaging.consumer.group.name"] for each in told] == [topic] * 2
+    offsets = [each.get("messaging.kafka.offset") for each in told]
+    assert offsets == ([0, 1] if given else [None, None])
     with pytest.raises(Exception):  # noqa: B017 (differs between versions)
         clients.consumer().commit()
     assert len(commits(recorder)) == 3
@@ -493,7 +550,7 @@ def test_it_is_the_answer_and_not_the_look_up_of_the_coordinator_that_ends_it(
     clients.send(b"1")
     consumer = clients.consumer(group_id=topic)
     poll(consumer)
-    consumer.commit(committable(topic, 1))  # by which the coordinator is connected
+    consumer.commit(committable(topic, 0))  # by which the coordinator is connected
     recorder.ended.clear()
     # No broker refuses a commit at a moment that is known.
     answer = Future()
@@ -543,7 +600,7 @@ def test_commits_whose_coordinator_is_not_found_are_not_kept(
     assert kept == []
 
 
-def test_threads_that_commit_make_a_span_for_each_commit(
+def test_threads_that_commit_have_each_commit_measured(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     instrument(commit_spans="all")
@@ -559,7 +616,7 @@ def test_threads_that_commit_make_a_span_for_each_commit(
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(commit, range(40)))
-    assert len(commits(recorder)) == 40
+    assert measured(recorder) == 40
 
 
 def test_what_a_callback_commits_while_the_consumer_closes_is_asked_for(
@@ -575,7 +632,8 @@ def test_what_a_callback_commits_while_the_consumer_closes_is_asked_for(
     future = consumer.commit_async(committable(topic, 1), commit_again)
     until(lambda: future.is_done, consumer.topics)
     consumer.close()
-    assert commits(recorder) == [f"commit {topic}"] * 2
+    assert measured(recorder) == 3
+    assert commits(recorder) == [f"commit {topic}"]
 
 
 class Incomparable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,11 @@ class CommitLedger:
     in_sync: dict[object, Any] = field(default_factory=dict)
     # The thread whose next commit is one that nobody asked for.
     auto_thread: int | None = None
+
+    def forget(self, partitions: Iterable[tuple[str, int]]) -> None:
+        """What the broker has of these partitions is not known any more."""
+        for partition in partitions:
+            self.committed.pop(partition, None)
 
     def take(self, offsets: Any) -> Commit | None:
         """The first that waits with these very offsets; it waits no longer."""
@@ -128,8 +133,7 @@ class Commit(PendingOperation):
 
     def fail(self, error: BaseException | None) -> None:
         """Record why it fails: what the broker has now is not known."""
-        for partition in self._offsets:
-            self._ledger.committed.pop(partition, None)
+        self._ledger.forget(self._offsets)
         super().fail(error)
 
     def _end_succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
@@ -179,8 +183,9 @@ class CommitWrappers:
             # What the application's callbacks commit in it is asked for.
             ledger.auto_thread = None
         commit = self._begin(instance, ledger, args, kwargs, auto=auto)
+        offsets = _kafka.offsets_argument(args, kwargs)
         token = object()
-        ledger.in_sync[token] = _kafka.offsets_argument(args, kwargs)
+        ledger.in_sync[token] = offsets
         try:
             result = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -191,6 +196,8 @@ class CommitWrappers:
             del ledger.in_sync[token]
         if commit is not None:
             commit(None)
+        else:  # what is suppressed has moved the offsets, too
+            self._note(instance, offsets)
         return result
 
     def commit_async(
@@ -306,8 +313,8 @@ class CommitWrappers:
             offsets = _kafka.offsets_argument(args, kwargs)
             if self._telemetry.may_begin():
                 return self._start(instance, ledger, offsets, auto=auto)
-            # What is suppressed moves the offsets, too.
-            ledger.committed.update(_kafka.offsets_by_partition(offsets))
+            # What the broker has now will not be known.
+            ledger.forget(_kafka.offsets_by_partition(offsets))
         except Exception:
             report("trace a commit")
         return None
@@ -316,8 +323,6 @@ class CommitWrappers:
         self, instance: Any, ledger: CommitLedger, given: Any, *, auto: bool
     ) -> Commit | None:
         telemetry, config = self._telemetry, self._telemetry.config
-        if auto and config.commit_spans != "all":
-            return None
         client = telemetry.clients.get(instance)
         offsets = {
             partition: offset
@@ -327,18 +332,15 @@ class CommitWrappers:
         # Only a consumer's own `commit` may leave it to the client what to commit.
         if not offsets and given is not None:
             return None
-        if auto and all(
-            ledger.committed.get(partition) == offset
-            for partition, offset in offsets.items()
-        ):
-            return None
         topic, partition = shared(offsets)
         template = telemetry.template(client, COMMIT, topic, partition)
         if template is None:
             return None
         started = time.time_ns()
         span = None
-        if config.commit_spans != "none":
+        # Many programs commit after each poll, which mostly has brought nothing.
+        moves = given is None or offsets.items() - ledger.committed.items()
+        if moves and config.commit_spans in (("all",) if auto else ("all", "manual")):
             attributes = template.attributes | _offset_attributes(partition, offsets)
             span = telemetry.start_span(template, SpanKind.CLIENT, started, attributes)
         return Commit(template, span, started, instance, ledger, offsets)

@@ -90,7 +90,6 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
         yield coordinator, _kafka.COMMIT_ASYNC, commits.commit_async
         yield coordinator, _kafka.REQUEST_ASYNC, commits.request_async
         yield coordinator, _kafka.AUTO_COMMIT_SYNC, commits.auto_commit_sync
-    if coordinator is not None and telemetry.config.commit_spans == "all":
         for method, wrapper in (
             (_kafka.FETCH_COMMITTED, commits.fetch_committed),
             (_kafka.FETCH_COMMITTED_COROUTINE, commits.fetch_committed_coroutine),

@@ -50,8 +50,8 @@ def code_in(cell: str) -> list[str]:
 
 def error_types() -> dict[str, str]:
     """The `error.type` of each of kafka-python's exceptions, by its class's name."""
-    rows = [(value, classes) for value, _, classes in table("errors", "Kafka's")]
-    rows += [(row[0], row[0]) for row in table("errors", "kafka-python's own")]
+    rows = [(value, classes) for value, _, classes in table("errors", "Kafka errors")]
+    rows += [(row[0], row[0]) for row in table("errors", "kafka-python errors")]
     return {
         name: code_in(value)[0] for value, classes in rows for name in code_in(classes)
     }

@@ -31,6 +31,7 @@ import yaml
 from kafka import KafkaConsumer
 from opentelemetry import trace
 from opentelemetry.instrumentation import auto_instrumentation
+from opentelemetry.instrumentation.threading import ThreadingInstrumentor
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 from opentelemetry.trace import get_current_span
@@ -507,6 +508,55 @@ def test_threads_have_a_process_span_for_each_record(
     assert all(span.parent is not None for span in spans)
 
 
+THREADING = example("threads", "ThreadingInstrumentor")
+
+
+def traces(shop: Shop) -> set[int]:
+    return {
+        span.context.trace_id
+        for span in shop.recorder.named(f"process {shop.topic}")
+        if span.context
+    }
+
+
+@fragment("threads", "pool.submit")
+def test_work_that_a_loop_submits_is_in_the_messages_trace(
+    shop: Shop, code: str
+) -> None:
+    exec(THREADING, {})
+    try:
+        shop.run(code)
+    finally:
+        ThreadingInstrumentor().uninstrument()
+    assert sorted(value for value, _ in shop.shipped) == sorted(ORDERS)
+    assert {context.trace_id for _, context in shop.shipped} == traces(shop)
+    assert len(traces(shop)) == 3
+
+
+def test_work_that_a_loop_submits_is_in_no_trace_without_it(shop: Shop) -> None:
+    shop.run(example("threads", "pool.submit"))
+    assert len(shop.shipped) == 3
+    assert not any(context.is_valid for _, context in shop.shipped)
+
+
+@fragment("threads", "Queue(")
+def test_a_worker_behind_a_queue_works_in_the_messages_trace(
+    shop: Shop, code: str
+) -> None:
+    shop.run(code)
+    assert [value for value, _ in shop.shipped] == ORDERS
+    assert {context.trace_id for _, context in shop.shipped} == traces(shop)
+    assert len(shop.recorder.named(f"process {shop.topic}")) == 6
+
+
+@fragment("threads", "def work(")
+def test_a_comprehension_over_records_has_their_process_spans(
+    shop: Shop, code: str
+) -> None:
+    shop.run(code)
+    assert len(shop.processed()) == 3
+
+
 @fragment("consuming", "parcels")
 def test_a_record_that_is_sent_on_stays_in_its_trace(
     shop: Shop, clients: Clients, recorder: Recorder, code: str
@@ -684,7 +734,15 @@ def test_a_view_drops_metrics_of_the_client(measured: Measured, code: str) -> No
     assert any(name.startswith("kafka.") for name in kept)
 
 
-# What is not run as it stands: it would take too long.
+# What is not run as it stands: it would install from a registry, or take too long.
+
+
+@pytest.mark.parametrize(
+    "line", [example("threads", "pip install", "sh")], ids=["threads"]
+)
+def test_what_is_to_be_installed_exists(line: str) -> None:
+    for name in shlex.split(line)[2:]:
+        assert distribution(name).version
 
 
 @pytest.mark.parametrize("line", ["tox -q -e demo", "tox -q -e tests"])

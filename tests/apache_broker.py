@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -16,6 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from embedded_broker import POLL_INTERVAL, START_TIMEOUT, die_with_parent
+
+if sys.platform != "win32":
+    import fcntl
 
 KAFKA_VERSION = "4.1.1"
 OLDEST_JAVA = 17
@@ -94,15 +98,14 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
         make: Makes a directory at a path.
     """
     kept = cache() / name
-    if not kept.is_dir():
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            output = Path(scratch) / name
-            make(output)
-            try:
+    with (cache() / f"{name}.lock").open("w") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a run beside this one may be making it
+        if not kept.is_dir():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+                output = Path(scratch) / name
+                make(output)
                 output.rename(kept)
-            except OSError:  # another run was faster
-                if not kept.is_dir():
-                    raise
     return kept
 
 

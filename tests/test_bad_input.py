@@ -64,7 +64,7 @@ def test_a_broker_that_goes_away_under_a_consumer_is_no_error_of_ours(
         ((None, b"value"), {}),
         ((1, b"value"), {}),
         ((["topic"], b"value"), {}),
-        (("topic",), {"value": object()}),
+        (("topic",), {"value": ...}),
         (("topic", b"value"), {"partition": "one"}),
         (("topic", b"value"), {"partition": [1]}),
         (("topic", b"value"), {"headers": [("traceparent", b""), "no header"]}),

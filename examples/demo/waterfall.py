@@ -14,7 +14,7 @@ from story import Metrics, Span, Stage
 
 WIDTH = 120
 # What the columns beside the bars need, and what bars need to say anything.
-BESIDE_BARS = 76
+BESIDE_BARS = 80
 SHORTEST_BAR = 10
 COLOURS = {"orders": "cyan", "payments": "magenta", "shipping": "green"}
 

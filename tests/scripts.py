@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 HERE = Path(__file__).parent
 PATHS = (HERE, HERE.parent / "examples")
-TIMEOUT = 120
+TIMEOUT = 300
 
 # A recorder that tells, after everything else has run, what it has seen. The
 # handler is registered first, so that it runs last.
@@ -58,18 +61,25 @@ def run(
     if launched:
         launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
         command = [str(launcher), *command]
-    return subprocess.run(
+    process = subprocess.Popen(
         command,
-        check=False,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
         env={
             **os.environ,
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (*paths, *PATHS))),
             **(environ or {}),
         },
     )
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # it tells where each of its threads is
+        output, errors = process.communicate(timeout=TIMEOUT)
+        pytest.fail(f"it did not end\n{output}\n{errors}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def run_recorded(script: str, *arguments: str, first: str = "") -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Records that go into a database together, in one span that links to each of them.
+"""A batch of records that is inserted in one span, which links to each record.
 
     python examples/batch_insert.py
 
-The span of the insert is a child of it. As the messages are of several traces, the
-batch is in one of its own.
+The span of the insert is a child of the batch's span. The messages belong to several
+traces, so the batch has a trace of its own.
 """
 
 import os
@@ -37,7 +37,7 @@ consumer = KafkaConsumer(
 database = sqlite3.connect(":memory:")
 database.execute("CREATE TABLE orders (number TEXT, item TEXT)")
 inserted = 0
-while inserted < len(ORDERS):  # a service would go on
+while inserted < len(ORDERS):  # a service would continue
     polled = consumer.poll(timeout_ms=1000)
     if not polled:
         continue

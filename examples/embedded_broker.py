@@ -1,10 +1,10 @@
-"""A Kafka broker in one process, for trying things out and for tests.
+"""A Kafka broker in one process, for experiments and tests.
 
     python examples/embedded_broker.py 9092
 
-starts it on this port of the loopback interface, or without one on a port that is free,
-prints its address, and stops it when it is interrupted. The broker is noida-db, one
-binary in a wheel.
+starts the broker on this port of the loopback interface and prints its address. Without
+a port, it chooses a free one. Ctrl-C stops it. The broker is noida-db, one binary in a
+wheel.
 """
 
 from __future__ import annotations

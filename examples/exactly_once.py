@@ -1,10 +1,10 @@
-"""A pipeline that takes from one topic and sends to another, exactly once.
+"""A pipeline that reads one topic and writes to another, exactly once.
 
     python examples/exactly_once.py
 
-What is sent and how far has been read are committed together. The span of a record's
-processing holds the whole transaction. If anything raises, the service ends, and
-`init_transactions` of the one that is started next aborts what was left open.
+The sent messages and the consumed offsets are committed together. The process span of a
+record contains the whole transaction. If anything raises, the service ends. The next
+service aborts the open transaction with `init_transactions`.
 """
 
 import os
@@ -37,7 +37,7 @@ consumer = KafkaConsumer(
     enable_auto_commit=False,
     isolation_level="read_committed",
 )
-for record in islice(consumer, len(ORDERS)):  # a service would go on
+for record in islice(consumer, len(ORDERS)):  # a service would continue
     partition = TopicPartition(record.topic, record.partition)
     done = {partition: OffsetAndMetadata(record.offset + 1, "", -1)}
     producer.begin_transaction()

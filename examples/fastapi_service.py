@@ -1,8 +1,8 @@
-"""A web service that produces in a request, and consumes in a thread.
+"""A FastAPI service that produces in a request and consumes in a thread.
 
     uvicorn --app-dir examples fastapi_service:app
 
-Then, in another terminal, `curl -X POST localhost:8000/orders/lamp`: the request, the
+Then run `curl -X POST localhost:8000/orders/lamp` in another terminal. The request, the
 message and its processing in the thread are one trace.
 """
 
@@ -46,7 +46,7 @@ def ship() -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Have the consumer's thread live as long as the service."""
+    """Run the consumer's thread as long as the service."""
     shipping = threading.Thread(target=ship)
     shipping.start()
     yield
@@ -61,6 +61,6 @@ FastAPIInstrumentor.instrument_app(app, exclude_spans=["receive", "send"])
 
 @app.post("/orders/{item}")
 def take_order(item: str) -> dict[str, int]:
-    """Answer when the broker has the order; no coroutine, because it waits."""
+    """Answer when the broker has the order. It blocks, so it is not a coroutine."""
     metadata = producer.send("fastapi-service", item.encode()).get(timeout=30)
     return {"number": metadata.offset}

@@ -1,8 +1,8 @@
-"""Instrumented from code, with hooks that add what the business asks for.
+"""Instrumentation from code, with hooks that add business attributes.
 
     python examples/manual_hooks.py
 
-The value of a message is never recorded, but for what a hook takes from it.
+The value of a message is never recorded. A hook can record parts of it.
 """
 
 import json
@@ -27,7 +27,7 @@ def produce_hook(span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def consume_hook(
     span: Span, record: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Add to the span in which a record is processed."""
+    """Add attributes to the span of a record."""
     span.set_attribute("app.customer", json.loads(record.value)["customer"])
 
 
@@ -52,6 +52,6 @@ consumer = KafkaConsumer(
     group_id="shipping",
     auto_offset_reset="earliest",
 )
-for record in islice(consumer, 2):  # a service would go on
+for record in islice(consumer, 2):  # a service would continue
     print("shipping", *json.loads(record.value)["items"])
 consumer.close()

@@ -1,10 +1,10 @@
-"""Traces and metrics that go by OTLP to a collector.
+"""Traces and metrics exported to a Collector by OTLP.
 
     OTEL_SERVICE_NAME=shop python examples/otlp_collector.py
 
-The collector is configured by `examples/collector.yaml`. The exporters send to
-http://localhost:4318; OTEL_EXPORTER_OTLP_ENDPOINT names another place. Under
-`opentelemetry-instrument` none of this code is needed: see `zero_code.py`.
+`examples/collector.yaml` configures the Collector. The exporters send to
+http://localhost:4318, or to OTEL_EXPORTER_OTLP_ENDPOINT. The launcher
+`opentelemetry-instrument` needs none of this code: see `zero_code.py`.
 """
 
 import os
@@ -23,7 +23,7 @@ from otel_kafka_python import KafkaPythonInstrumentor
 
 BROKER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 
-# Both export what they still have when the interpreter exits.
+# Both export their remaining data at exit.
 tracer_provider = TracerProvider()
 tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 trace.set_tracer_provider(tracer_provider)
@@ -42,6 +42,6 @@ consumer = KafkaConsumer(
     group_id="shipping",
     auto_offset_reset="earliest",
 )
-for record in islice(consumer, 1):  # a service would go on
+for record in islice(consumer, 1):  # a service would continue
     print("shipping", record.value.decode())
 consumer.close()

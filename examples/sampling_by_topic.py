@@ -1,10 +1,11 @@
-"""A sampler that decides by the topic, which spans have from their start.
+"""A sampler that decides by topic.
 
     python examples/sampling_by_topic.py
 
-Messages that a sampled trace sends stay in it, whatever their topic. What is not
-sampled is measured all the same, and carries its context, so that consumers do not
-sample it either; `excluded_topics` would have neither.
+Send spans have the topic from their start. Messages that a sampled trace sends stay in
+it, whatever their topic. Unsampled messages are still measured and carry their context,
+so consumers do not sample them either. With `excluded_topics`, they would be
+neither measured nor carry a context.
 """
 
 import os
@@ -31,11 +32,11 @@ BROKER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 
 
 class SamplerByTopic(Sampler):
-    """Leaves the decision to a sampler for each topic.
+    """Delegates the decision to one sampler per topic.
 
     Args:
-        samplers: By topic.
-        default: For all other topics, and for spans that have nothing to do with one.
+        samplers: The samplers, by topic.
+        default: The sampler for all other topics, and for spans without a topic.
     """
 
     def __init__(self, samplers: Mapping[object, Sampler], default: Sampler) -> None:
@@ -62,7 +63,7 @@ class SamplerByTopic(Sampler):
         return "SamplerByTopic"
 
 
-# TraceIdRatioBased(0.1) instead of ALWAYS_OFF would keep a tenth.
+# TraceIdRatioBased(0.1) instead of ALWAYS_OFF keeps a tenth.
 by_topic = SamplerByTopic({"sampling-clicks": ALWAYS_OFF}, default=ALWAYS_ON)
 show_spans(ParentBased(root=by_topic))
 KafkaPythonInstrumentor().instrument()
@@ -81,7 +82,7 @@ consumer = KafkaConsumer(
     group_id="counting",
     auto_offset_reset="earliest",
 )
-for record in islice(consumer, 3):  # a service would go on
+for record in islice(consumer, 3):  # a service would continue
     is_sampled = trace.get_current_span().is_recording()
     print(record.value.decode(), "is" if is_sampled else "is not", "sampled")
 consumer.close()

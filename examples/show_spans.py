@@ -1,4 +1,4 @@
-"""Prints each span as one line when it ends; a service would export them by OTLP."""
+"""Prints each span as one line, in the order of their ends, at the latest at exit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import count
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
 
-# Small numbers, in the order of appearance, are easier to follow than the ids.
+# Small numbers in order of appearance are easier to follow than ids.
 _spans: defaultdict[int, int] = defaultdict(count(1).__next__)
 _traces: defaultdict[int, int] = defaultdict(count(1).__next__)
 
@@ -19,12 +19,12 @@ def show_spans(sampler: Sampler | None = None) -> None:
     """Set a global tracer provider that prints its spans.
 
     Args:
-        sampler: Decides which; by default those that the environment says, all.
+        sampler: The sampler; by default the environment's, which samples everything.
     """
     provider = TracerProvider(sampler=sampler)
-    provider.add_span_processor(
-        SimpleSpanProcessor(ConsoleSpanExporter(formatter=_line))
-    )
+    # Not a SimpleSpanProcessor: that would block the producer's thread.
+    exporter = ConsoleSpanExporter(formatter=_line)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
 
 

@@ -1,8 +1,8 @@
-"""Records that worker threads process, each in its own span, and one that fails.
+"""Worker threads that process records, each in its own span; one record fails.
 
     python examples/worker_threads.py
 
-A span is current in one thread, so that a worker opens its own with `process_span`.
+A span is current in one thread only, so each worker opens its own with `process_span`.
 """
 
 import os
@@ -35,7 +35,7 @@ consumer = KafkaConsumer(
 
 
 def ship(record: Any) -> None:
-    """Process a record in a thread; an exception is recorded in its span."""
+    """Process a record in a thread; its span records an exception."""
     with process_span(record, consumer):
         if b"broken" in record.value:
             raise ValueError(record.value.decode())
@@ -43,7 +43,7 @@ def ship(record: Any) -> None:
 
 taken = 0
 with ThreadPoolExecutor(max_workers=2) as workers:
-    while taken < len(ORDERS):  # a service would go on
+    while taken < len(ORDERS):  # a service would continue
         for records in consumer.poll(timeout_ms=1000).values():
             # This comprehension hands the records on. A `for` statement over them
             # would be traced as their processing.

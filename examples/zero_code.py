@@ -1,11 +1,11 @@
-"""An application that knows nothing of telemetry, and is traced.
+"""An application without telemetry code, traced by the launcher.
 
     opentelemetry-instrument --service_name shop --traces_exporter console \\
         --metrics_exporter none --logs_exporter none python examples/zero_code.py
 
-prints the span of the send, and that of its processing in the same trace. Without the
-options, traces and metrics go by OTLP to localhost:4317, or wherever the variables of
-OpenTelemetry say.
+prints the send span and the process span, which are in the same trace. Without the
+options, traces and metrics go to localhost:4317 by OTLP, or to the endpoint that
+OpenTelemetry's variables name.
 """
 
 import os
@@ -25,6 +25,6 @@ consumer = KafkaConsumer(
     group_id="shipping",
     auto_offset_reset="earliest",
 )
-for record in islice(consumer, 1):  # a service would go on
+for record in islice(consumer, 1):  # a service would continue
     print("shipping", record.value.decode())
 consumer.close()

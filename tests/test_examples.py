@@ -138,7 +138,9 @@ def test_an_application_without_a_line_of_telemetry_is_traced(broker: Any) -> No
 
 def test_hooks_add_attributes_and_the_output_is_that_of_the_readme(broker: Any) -> None:
     (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
-    assert run("manual_hooks", broker) == block
+    printed = run("manual_hooks", broker)
+    # Spans are exported at the end, or after a few seconds.
+    assert sorted(printed.splitlines()) == sorted(block.splitlines())
     spans = shown(block)
     for send, process in zip(
         named(spans, "send manual-hooks"),
@@ -169,7 +171,7 @@ def test_each_worker_has_a_span_of_its_own_and_one_fails(broker: Any) -> None:
 
 def test_a_batch_has_one_span_that_links_to_each_message(broker: Any) -> None:
     printed = run("batch_insert", broker)
-    assert printed.endswith("3 rows\n")
+    assert "3 rows\n" in printed
     spans = shown(printed)
     sends = named(spans, "send batch-insert")
     assert len(sends) == 3
@@ -285,8 +287,10 @@ def test_traces_and_metrics_go_to_a_collector(broker: Any) -> None:
 
 def test_the_collector_takes_what_the_application_sends() -> None:
     config = yaml.safe_load((EXAMPLES / "collector.yaml").read_text())
-    listens_on = config["receivers"]["otlp"]["protocols"]["http"]["endpoint"]
-    assert f"http://{listens_on}/" == DEFAULT_ENDPOINT
+    protocols = config["receivers"]["otlp"]["protocols"]
+    assert f"http://{protocols['http']['endpoint']}/" == DEFAULT_ENDPOINT
+    # What the launcher exports to by default.
+    assert protocols["grpc"]["endpoint"] == "localhost:4317"
     pipelines = config["service"].pop("pipelines")
     assert pipelines.keys() == {"traces", "metrics"}
     for pipeline in pipelines.values():

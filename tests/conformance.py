@@ -29,11 +29,7 @@ APPLICATION = "app."
 # What our own spans and metrics beyond the convention are, as they are documented: the
 # ends of transactions, of which the convention says nothing, and what the Java agent
 # has, too.
-TRANSACTIONS = {
-    "send_offsets_to_transaction",
-    "commit_transaction",
-    "abort_transaction",
-}
+TRANSACTION_ENDS = {"commit_transaction", "abort_transaction"}
 HEADER = "messaging.header."
 OWN_ATTRIBUTES = {
     "kafka.record.queue_time_ms": {"type": "int", "level": "opt_in"},
@@ -126,9 +122,9 @@ def check_spans(spans: Iterable[Seen]) -> None:
 def _check_span(span: Seen) -> list[str]:
     attributes = span.attributes
     operation_type = attributes.get("messaging.operation.type")
-    if attributes.get("messaging.operation.name") in TRANSACTIONS:
+    if attributes.get("messaging.operation.name") in TRANSACTION_ENDS:
         if operation_type is not None:
-            span.wrong("a transaction has no operation type")
+            span.wrong("the end of a transaction has no operation type")
         operation_type = "settle"
     facts = BY_KIND.get((span.kind.name, operation_type))
     if facts is None:

@@ -14,7 +14,9 @@ from typing import Any
 import kafka.errors
 import pytest
 from embedded_broker import EmbeddedBroker
+from kafka.producer.future import FutureProduceResult, FutureRecordMetadata
 from opentelemetry import propagate, trace
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
@@ -23,6 +25,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
 from deliveries import assert_failed
+from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Log, Recorder
 
 # Of the broker's limit, and above it; the client's own limit is lifted.
@@ -328,7 +331,11 @@ def test_messages_that_expire_before_they_are_sent_are_no_attempt(
         with pytest.raises(kafka.errors.KafkaError):
             future.get(DEADLINE)
     until(lambda: not recorder.open())
-    assert len(recorder.named(f"send {topic}")) == 3
+    _, *failed = recorder.named(f"send {topic}")
+    assert len(failed) == 2
+    # The client's own time-out is no answer, whatever its name.
+    for span in failed:
+        assert "network.peer.address" not in (span.attributes or {})
     assert recorder.count("messaging.client.sent.messages") == 2
 
 
@@ -348,6 +355,61 @@ def test_messages_that_a_close_drops_are_no_attempt(
     assert recorder.count(
         "messaging.client.operation.duration", error_type="IllegalStateError"
     ) == 1  # fmt: skip
+
+
+@pytest.mark.skipif(VERSION < (2, 2), reason="nothing tells of a drop")
+def test_messages_that_are_dropped_before_send_has_returned_are_no_attempt(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = kafka.KafkaProducer.send
+
+    def send(producer: Any, *args: Any, **kwargs: Any) -> Any:
+        future = plain(producer, *args, **kwargs)
+        producer._sender.force_close()
+        producer._sender.join(DEADLINE)
+        return future
+
+    monkeypatch.setattr(kafka.KafkaProducer, "send", send)
+    instrument()
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    future = producer.send(topic, b"dropped")
+    assert_failed(recorder.one(f"send {topic}"), future.exception, "IllegalStateError")
+    assert recorder.count("messaging.client.sent.messages") == 0
+    KafkaPythonInstrumentor().uninstrument()
+
+
+def test_an_error_that_was_there_when_send_returned_is_no_brokers_answer(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As kafka-python refuses a message whose topic it may not write to."""
+    error = kafka.errors.TopicAuthorizationFailedError(topic)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        result = FutureProduceResult(kafka.TopicPartition(topic, 0))
+        future = FutureRecordMetadata(result, -1, None, None, -1, 5, -1)
+        return future.failure(error)
+
+    monkeypatch.setattr(kafka.KafkaProducer, "send", refuse)
+    instrument()
+    producer = clients.producer()
+    with suppress_instrumentation():
+        producer.partitions_for(topic)
+    producer.send(topic, b"value")
+    span = recorder.one(f"send {topic}")
+    assert_failed(span, error, "TOPIC_AUTHORIZATION_FAILED")
+    assert span.attributes is not None
+    assert span.attributes["messaging.destination.partition.id"] == "0"
+    assert "network.peer.address" not in span.attributes
+    assert recorder.count("messaging.client.sent.messages") == 0
+    KafkaPythonInstrumentor().uninstrument()
 
 
 def test_where_nothing_answers_there_is_no_offset_and_no_peer(
@@ -424,6 +486,26 @@ def test_a_producer_that_lives_already_is_traced(
     producer.send(topic, b"value")
     producer.flush()
     assert recorder.names() == [f"send {topic}"]
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_a_send_that_is_interrupted_has_an_error_and_no_exception(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    interrupt: type[BaseException],
+) -> None:
+    def serialise(_: Any) -> bytes:
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        clients.producer(value_serializer=serialise).send(topic, b"value")
+    span = recorder.one(f"send {topic}")
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == interrupt.__name__
+    assert span.events == ()
 
 
 def test_a_hook_that_ends_the_application_leaves_no_span_open(

@@ -444,6 +444,29 @@ def test_a_commit_that_moves_no_offset_is_measured_and_makes_no_span(
     assert measured(recorder) == 3
 
 
+def test_a_commit_that_is_interrupted_has_an_error_and_no_exception(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def commit(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConsumerCoordinator, "commit_offsets_sync", commit)
+    instrument()
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    with pytest.raises(KeyboardInterrupt):
+        consumer.commit()
+    span = recorder.one(f"commit {topic}")
+    assert attributes_of([span])[0]["error.type"] == "KeyboardInterrupt"
+    assert span.events == ()
+    KafkaPythonInstrumentor().uninstrument()
+
+
 def test_a_group_that_starts_again_commits_nothing_new(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -24,7 +24,7 @@ from clients import (
     sends_large,
     take,
 )
-from conformance import EVENTS, TRANSACTIONS, TYPES
+from conformance import EVENTS, TRANSACTION_ENDS, TYPES
 from conftest import Instrument
 from otel_kafka_python import _config, _kafka, _semconv, process_span
 from pages import PAGES, code_in, error_types, table
@@ -100,6 +100,9 @@ def everything(
     for work in (send, receive, process, commit, transact):
         work(clients)
     return recorder.ended
+
+
+TRANSACTIONS = {*TRANSACTION_ENDS, "send_offsets_to_transaction"}
 
 
 def operation(span: ReadableSpan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from clients import DEADLINE, Clients, committable, poll_records
 from conftest import Instrument
 from deliveries import until_all_have_ended
+from otel_kafka_python import KafkaPythonInstrumentor, _endings
 from recorder import Recorder, attributes_of
 from scripts import run
 
@@ -46,11 +48,17 @@ def test_a_committed_transaction(
         "server.address": host,
         "server.port": int(port),
     }
-    for name, more in (
-        ("send_offsets_to_transaction", {"messaging.consumer.group.name": "group"}),
-        ("commit_transaction", {}),
+    settled = {
+        "messaging.operation.type": "settle",
+        "messaging.destination.name": topic,
+        "messaging.destination.partition.id": "0",
+        "messaging.consumer.group.name": "group",
+    }
+    for name, destination, more in (
+        ("send_offsets_to_transaction", f" {topic}", settled),
+        ("commit_transaction", "", {}),
     ):
-        span = recorder.one(name)
+        span = recorder.one(f"{name}{destination}")
         assert span.kind is SpanKind.CLIENT
         assert span.parent == work.context
         assert span.status.status_code is StatusCode.UNSET
@@ -62,8 +70,19 @@ def test_a_committed_transaction(
             "messaging.operation.name": name,
         }
     assert recorder.one(f"send {topic}").parent == work.context
-    # They are none of the operations that the convention has a metric for.
-    assert recorder.count("messaging.client.operation.duration") == 1
+    assert recorder.count("messaging.client.operation.duration") == 2
+    (point,) = recorder.points(
+        "messaging.client.operation.duration",
+        messaging_operation_name="send_offsets_to_transaction",
+    )
+    host, port = clients.address.split(":")
+    assert dict(point.attributes) == {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "send_offsets_to_transaction",
+        "server.address": host,
+        "server.port": int(port),
+        **settled,
+    }
     consumer = clients.consumer(isolation_level="read_committed")
     assert [record.value for record in poll_records(consumer, 1)] == [b"value"]
 
@@ -181,6 +200,67 @@ def test_without_commit_spans_there_are_none_of_transactions(
     producer.send_offsets_to_transaction(committable(topic, 3), "group")
     producer.commit_transaction()
     assert recorder.names() == [f"send {topic}"]
+    assert recorder.count(
+        "messaging.client.operation.duration", messaging_operation_type="settle"
+    ) == 1  # fmt: skip
+
+
+def test_offsets_of_several_topics_have_no_destination(
+    instrumented: None, producer: Any, recorder: Recorder, topic: str
+) -> None:
+    offsets = committable(topic, 1) | committable(f"{topic}-other", 1)
+    producer.begin_transaction()
+    producer.send_offsets_to_transaction(offsets, "group")
+    producer.commit_transaction()
+    (attributes,) = attributes_of([recorder.one("send_offsets_to_transaction")])
+    assert "messaging.destination.name" not in attributes
+
+
+def test_a_transaction_in_flight_at_the_exit_has_an_unknown_outcome(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered, released = threading.Event(), threading.Event()
+
+    def commit(_: Any) -> None:
+        entered.set()
+        released.wait(DEADLINE)
+
+    monkeypatch.setattr(KafkaProducer, "commit_transaction", commit)
+    instrument()
+    thread = threading.Thread(target=clients.producer().commit_transaction)
+    thread.start()
+    assert entered.wait(DEADLINE)
+    _endings.abandon_all()
+    released.set()
+    thread.join()
+    span = recorder.one("commit_transaction")
+    assert span.status.status_code is StatusCode.ERROR
+    assert attributes_of([span])[0]["error.type"] == "outcome_unknown"
+    KafkaPythonInstrumentor().uninstrument()
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_a_transaction_that_is_interrupted_has_an_error_and_no_exception(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupt: type[BaseException],
+) -> None:
+    def commit(_: Any) -> None:
+        raise interrupt
+
+    monkeypatch.setattr(KafkaProducer, "commit_transaction", commit)
+    instrument()
+    with pytest.raises(interrupt):
+        clients.producer().commit_transaction()
+    span = recorder.one("commit_transaction")
+    assert attributes_of([span])[0]["error.type"] == interrupt.__name__
+    assert span.events == ()
+    KafkaPythonInstrumentor().uninstrument()
 
 
 def test_offsets_of_excluded_topics_alone_make_no_span(
@@ -286,7 +366,7 @@ def test_an_exactly_once_service_that_crashes_tells_its_story(
 
     whole = [
         *("process t", "send t-out"),
-        *("send_offsets_to_transaction", "commit_transaction"),
+        *("send_offsets_to_transaction t", "commit_transaction"),
     ]
     assert of_trace(crashed, 0) == whole
     # It was sent and never committed: the span of the body had no end to tell of.

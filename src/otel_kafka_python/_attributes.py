@@ -123,11 +123,6 @@ def _qualified_name(cls: type[BaseException]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def group_attributes(group: str | None) -> Attributes:
-    """The consumer group, if it is known."""
-    return without_absent({MESSAGING_CONSUMER_GROUP_NAME: group})
-
-
 def partition_attributes(partition: int | None) -> Attributes:
     """The partition, if it is known."""
     return without_absent({MESSAGING_DESTINATION_PARTITION_ID: partition_id(partition)})

@@ -284,6 +284,7 @@ class PendingSend(NamedTuple):
     size: int  # of the serialised value in bytes, -1 if it is null
     # Of a future that had failed before `send` returned it: the client has refused it.
     error: BaseException | None
+    batch: Any  # the future of the batch that the message is in
 
 
 def pending_send(future: Any) -> PendingSend:
@@ -292,7 +293,7 @@ def pending_send(future: Any) -> PendingSend:
     _, partition = batch.topic_partition
     error = future.exception if future.is_done and not batch.is_done else None
     failed = isinstance(error, BaseException)
-    return PendingSend(partition, future.args[4], error if failed else None)
+    return PendingSend(partition, future.args[4], error if failed else None, batch)
 
 
 class FailedSend(NamedTuple):
@@ -302,15 +303,25 @@ class FailedSend(NamedTuple):
     is_answered: bool  # by the partition's leader, with the error
 
 
-def failed_send(error: BaseException) -> FailedSend:
-    """How far a message had come whose future fails now, on this thread."""
+def failed_send(error: BaseException, result: Any) -> FailedSend:
+    """How far a message had come whose future fails now, on this thread.
+
+    Args:
+        error: The exception that it fails with.
+        result: The future of its batch, if `send` has only just returned: the batch
+            may have failed on another thread meanwhile.
+    """
     batch = _failing_batch()
-    # In a state of its own since 2.2: what the client gives up, for whatever reason.
-    aborted = getattr(getattr(batch, "final_state", None), "name", None) == "ABORTED"
-    return FailedSend(
-        was_sent=batch is None or batch.drained is not None,
-        is_answered=not aborted and is_answer(error),
-    )
+    # Since 2.2 a batch that the client gives up, for whatever reason, is in a state of
+    # its own, and has the offset -1.
+    if batch is None:
+        aborted = (getattr(result, "value", None) or (None,))[0] == -1
+        was_sent = not aborted
+    else:
+        state = getattr(batch, "final_state", None)
+        aborted = getattr(state, "name", None) == "ABORTED"
+        was_sent = batch.drained is not None
+    return FailedSend(was_sent, is_answered=not aborted and is_answer(error))
 
 
 def _failing_batch() -> Any:

@@ -37,6 +37,7 @@ class Kind(NamedTuple):
 
     name: str
     type: str | None  # None of what the convention has no type for
+    group: str | None = None  # where it is not that of the client
 
 
 SEND = Kind("send", "send")
@@ -140,7 +141,9 @@ class Operation(Endable):
                 said = "the outcome is unknown" if error is None else text_of(error)
                 span.set_attributes(error_attributes(self.error_type))
                 span.set_status(Status(StatusCode.ERROR, said))
-            if error is not None:
+            # What interrupts an operation, to end the application say, is no failure
+            # that anyone wants to look into.
+            if isinstance(error, Exception):
                 template = self.template
                 template.exceptions.record(span, template.event_type, error)
         except Exception:

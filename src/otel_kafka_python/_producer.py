@@ -59,7 +59,7 @@ class Delivery(PendingOperation):
         key: The message's key, if its span is yet to have it.
     """
 
-    __slots__ = ("_client", "_key", "_partition", "_size")
+    __slots__ = ("_batch", "_client", "_key", "_partition", "_size")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Delivery(PendingOperation):
         self._key = None if key is None else message_key(key)
         self._partition: Any = None
         self._size: int | None = None
+        self._batch: Any = None
 
     def follow(self, future: Any, config: Config) -> None:
         """Wait for the outcome; it may be there already.
@@ -83,11 +84,13 @@ class Delivery(PendingOperation):
             config: The settings.
         """
         try:
-            self._partition, size, error = _kafka.pending_send(future)
+            self._partition, size, error, batch = _kafka.pending_send(future)
             if size == -1 or config.capture_message_size:
                 self._size = size
             if error is None:
+                self._batch = batch
                 _kafka.when_done(future, self)
+                self._batch = None
             else:
                 self._end_failed(error, time.time_ns(), was_refused=True)
         except Exception:
@@ -112,7 +115,7 @@ class Delivery(PendingOperation):
         partition = _kafka.partition_number(self._partition)
         was_sent = is_answered = False
         if not was_refused:
-            was_sent, is_answered = _kafka.failed_send(error)
+            was_sent, is_answered = _kafka.failed_send(error, self._batch)
         if partition is not None and is_answered:
             known = self._answer_attributes(partition)
         else:

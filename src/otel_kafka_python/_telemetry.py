@@ -164,7 +164,12 @@ class Telemetry:
         self, client: TracedClient, kind: Kind, topic: str | None, partition: int | None
     ) -> OperationTemplate:
         duration_attributes = operation_attributes(
-            kind.name, kind.type, topic, partition, client.group, client.bootstrap
+            kind.name,
+            kind.type,
+            topic,
+            partition,
+            kind.group or client.group,
+            client.bootstrap,
         )
         count_attributes = without_operation_type(duration_attributes)
         attributes = duration_attributes

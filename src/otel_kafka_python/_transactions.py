@@ -9,8 +9,8 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from otel_kafka_python import _kafka
-from otel_kafka_python._attributes import Attributes, group_attributes
-from otel_kafka_python._operation import COMMIT, Kind, Operation
+from otel_kafka_python._messages import shared
+from otel_kafka_python._operation import Kind, PendingOperation
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Telemetry
 
@@ -22,7 +22,8 @@ Kwargs = dict[str, Any]
 class TransactionWrappers:
     """The wrappers of the producer's methods that settle a transaction (2.2 and later).
 
-    The convention says nothing of transactions: these spans are our own.
+    Offsets that are sent to a transaction are settled. The convention says nothing of
+    the ends of transactions: these spans are our own.
 
     Args:
         telemetry: What the instrumentation works with.
@@ -45,8 +46,7 @@ class TransactionWrappers:
             result = wrapped(*args, **kwargs)
         except BaseException as error:
             if operation is not None:
-                operation.fail(error)
-                operation.end()
+                operation.end_with(error)
             raise
         if operation is not None:
             operation.end()
@@ -54,25 +54,27 @@ class TransactionWrappers:
 
     def _start(
         self, method: str, instance: Any, args: Args, kwargs: Kwargs
-    ) -> Operation | None:
+    ) -> PendingOperation | None:
         telemetry = self._telemetry
-        if telemetry.config.commit_spans == "none":
-            return None
         client = telemetry.clients.get(instance)
-        attributes: Attributes = {}
+        kind, topic, partition = Kind(method, None), None, None
         if method == _kafka.SEND_OFFSETS:
-            offsets = _kafka.offsets_argument(args, kwargs)
-            partitions = _kafka.offsets_by_partition(offsets)
-            if partitions and not any(
-                telemetry.template(client, COMMIT, *each) for each in partitions
-            ):
+            group = _kafka.transaction_group(args, kwargs)
+            kind = Kind(method, "settle", group)
+            given = _kafka.offsets_by_partition(_kafka.offsets_argument(args, kwargs))
+            partitions = [
+                each for each in given if telemetry.template(client, kind, *each)
+            ]
+            if given and not partitions:
                 return None
-            attributes = group_attributes(_kafka.transaction_group(args, kwargs))
-        template = telemetry.template(client, Kind(method, None), None, None)
+            topic, partition = shared(partitions)
+        template = telemetry.template(client, kind, topic, partition)
         if template is None:
             return None
         started = time.time_ns()
-        span = telemetry.start_span(
-            template, SpanKind.CLIENT, started, template.attributes | attributes
-        )
-        return Operation(template, span, started)
+        span = None
+        if telemetry.config.commit_spans != "none":
+            span = telemetry.start_span(
+                template, SpanKind.CLIENT, started, template.attributes
+            )
+        return PendingOperation(template, span, started)

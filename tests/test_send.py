@@ -19,7 +19,8 @@ from opentelemetry import propagate, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.propagators.composite import CompositePropagator
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, sends_large
@@ -147,6 +148,80 @@ def test_the_span_is_a_child_of_the_current_one_and_not_current_itself(
     span = recorder.one(f"send {topic}")
     assert span.parent is not None
     assert span.parent.span_id == request.get_span_context().span_id
+
+
+class _Partitioner:
+    """Of the application's, as each version calls one."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+
+    def __call__(self, *_: Any) -> int:
+        self.work()
+        return 0
+
+    def partition(self, *_: Any, **__: Any) -> int:
+        return self()
+
+
+@pytest.mark.parametrize("role", ["key_serializer", "value_serializer", "partitioner"])
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "unsampled"])
+@pytest.mark.filterwarnings("ignore:partitioner does not:DeprecationWarning")
+def test_what_serialisers_and_a_partitioner_do_is_a_child_of_the_send(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    role: str,
+    sampled: bool,
+) -> None:
+    provider = None if sampled else TracerProvider(ALWAYS_OFF, shutdown_on_exit=False)
+    instrument(**({} if provider is None else {"tracer_provider": provider}))
+    seen = []
+
+    def work(value: bytes = b"") -> bytes:
+        seen.append(trace.get_current_span().get_span_context())
+        return value
+
+    runs: Any = _Partitioner(work) if role == "partitioner" else work
+    producer = clients.producer(**{role: runs})
+    with recorder.tracer.start_as_current_span("request") as request:
+        producer.send(topic, b"value", key=b"key")
+        assert trace.get_current_span() is request
+    producer.flush()
+    (context,) = seen
+    if sampled:
+        span = recorder.one(f"send {topic}")
+        assert context == span.context
+        assert span.parent == request.get_span_context()
+    else:
+        assert context.trace_id == request.get_span_context().trace_id
+        assert not context.trace_flags.sampled
+
+
+def test_what_a_serialiser_raises_leaves_the_context_as_it_was(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    def fail(_: Any) -> bytes:
+        raise LookupError("no schema")
+
+    producer = clients.producer(value_serializer=fail)
+    with recorder.tracer.start_as_current_span("request") as request:
+        with pytest.raises(LookupError):
+            producer.send(topic, b"value")
+        assert trace.get_current_span() is request
+
+
+def test_a_producer_that_runs_nothing_of_the_applications_makes_nothing_current(
+    instrumented: None,
+    clients: Clients,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attached: list[Any] = []
+    monkeypatch.setattr("otel_kafka_python._producer.attach", attached.append)
+    clients.send(b"value")
+    assert attached == []
 
 
 def test_a_tombstone_is_what_is_null_on_the_wire(

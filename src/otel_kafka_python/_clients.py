@@ -21,6 +21,7 @@ class Client:
         sends_headers: Whether its broker takes records with headers.
         cluster: Gives kafka-python's ClusterMetadata of it, or None.
         is_answered: Whether brokers acknowledge what it sends.
+        is_extended: Whether its `send` runs code of the application's.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class Client:
         "group",
         "instance",
         "is_answered",
+        "is_extended",
         "sends_headers",
     )
 
@@ -44,12 +46,14 @@ class Client:
         sends_headers: bool = True,
         cluster: Callable[[], Any] = lambda: None,
         is_answered: bool = True,
+        is_extended: bool = False,
     ) -> None:
         self.client_id = client_id
         self.group = group
         self.bootstrap = bootstrap
         self.sends_headers = sends_headers
         self.is_answered = is_answered
+        self.is_extended = is_extended
         # Gives the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
         self._cluster = cluster
@@ -138,6 +142,7 @@ class Clients(Generic[ClientT]):
             sends_headers=_kafka.sends_headers(instance),
             cluster=settings.cluster,
             is_answered=settings.is_answered,
+            is_extended=settings.is_extended,
         )
         # Called back before its memory, and so its identity, can be another's.
         client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))

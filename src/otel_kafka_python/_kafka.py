@@ -86,6 +86,8 @@ class Settings(NamedTuple):
     bootstrap: Server | None
     cluster: Callable[[], Any]  # gives its ClusterMetadata, or None
     is_answered: bool  # whether brokers acknowledge what it sends
+    # Whether its `send` runs serialisers or a partitioner of the application's.
+    is_extended: bool
 
 
 def settings(instance: Any) -> Settings:
@@ -106,6 +108,11 @@ def settings(instance: Any) -> Settings:
         bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
         cluster=(lambda: None) if cluster is None else weakref.ref(cluster),
         is_answered=config.get("acks") != 0,
+        is_extended=(
+            config.get("key_serializer") is not None
+            or config.get("value_serializer") is not None
+            or not type(config.get("partitioner")).__module__.startswith("kafka.")
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from opentelemetry.trace import (
     SpanContext,
     SpanKind,
     get_current_span,
+    set_span_in_context,
 )
 
 from otel_kafka_python import _kafka
@@ -182,23 +183,29 @@ class _InContext:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Up to 2.0 the future keeps it, and the application may keep the future.
         context, self._context = self._context, None
-        token = None
-        if context is not None:
-            try:
-                token = attach(context)
-            except Exception:
-                report("enter the context of a callback")
+        token = _enter(context)
         try:
             return self._callback(*args, **kwargs)
         finally:
-            if token is not None:
-                self._leave(token)
+            _leave(token)
 
-    def _leave(self, token: Token[Context]) -> None:
-        try:
+
+def _enter(context: Context | None) -> Token[Context] | None:
+    """Make a context current, if there is one, while code of the application's runs."""
+    try:
+        return None if context is None else attach(context)
+    except Exception:
+        report("enter the context of a producer's code")
+        return None
+
+
+def _leave(token: Token[Context] | None) -> None:
+    """Restore the context that was current before."""
+    try:
+        if token is not None:
             detach(token)
-        except Exception:
-            report("leave the context of a callback")
+    except Exception:
+        report("leave the context of a producer's code")
 
 
 class ProducerWrappers:
@@ -219,17 +226,22 @@ class ProducerWrappers:
         kwargs: Kwargs,
     ) -> Any:
         """Wrap `KafkaProducer.send` ("Send" spans)."""
-        delivery = None
+        delivery = scope = token = None
         try:
-            delivery, args, kwargs = self._prepare(instance, args, kwargs)
+            delivery, scope, args, kwargs = self._prepare(instance, args, kwargs)
         except Exception:
             report("trace a send")
+        if scope is not None:
+            token = _enter(scope)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
             if delivery is not None:
                 delivery.end_with(error)
             raise
+        finally:
+            if token is not None:
+                _leave(token)
         if delivery is not None:
             delivery.follow(future, self._telemetry.config)
         return future
@@ -259,8 +271,13 @@ class ProducerWrappers:
 
     def _prepare(
         self, instance: Any, args: Args, kwargs: Kwargs
-    ) -> tuple[Delivery | None, Args, Kwargs]:
-        """The operation that a call begins, if its end tells anything, and the call."""
+    ) -> tuple[Delivery | None, Context | None, Args, Kwargs]:
+        """Begin the operation of a call.
+
+        Returns:
+            The operation, if its end tells anything; the context for what the call
+            runs of the application's, if it runs anything; and the call's arguments.
+        """
         telemetry = self._telemetry
         config, hook = telemetry.config, telemetry.config.produce_hook
         context = get_current()
@@ -268,13 +285,13 @@ class ProducerWrappers:
         try:
             topic, key, headers, partition = _kafka.send_arguments(*args, **kwargs)
         except TypeError:
-            return None, args, kwargs
+            return None, None, args, kwargs
         if topic is None or not telemetry.may_begin(context):
-            return None, args, kwargs
+            return None, None, args, kwargs
         client = telemetry.clients.get(instance)
         template = telemetry.template(client, SEND, topic, partition)
         if template is None:
-            return None, args, kwargs
+            return None, None, args, kwargs
         started = time.time_ns()
         kept = None if headers is None else self._kept_context(headers, context)
         injects = kept is None and template.injects
@@ -302,7 +319,9 @@ class ProducerWrappers:
             span = None
         if injects and (context or span is not None):
             args, kwargs = _with_context(args, kwargs, headers, context, span)
-        return delivery, args, kwargs
+        extended = span if client.is_extended else None
+        scope = None if extended is None else set_span_in_context(extended, context)
+        return delivery, scope, args, kwargs
 
     @staticmethod
     def _call_hook(

@@ -309,3 +309,10 @@ class ApacheBroker:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+if __name__ == "__main__":
+    # For tests that run elsewhere: it lasts as long as its standard input.
+    with ApacheBroker() as broker:
+        print(broker.address, flush=True)
+        sys.stdin.read()

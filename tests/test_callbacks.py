@@ -214,6 +214,7 @@ def test_uninstrumented_a_callback_is_passed_as_it_is(
     assert "add_callback" not in vars(FutureRecordMetadata)
 
 
+@pytest.mark.cpython
 def test_a_future_that_is_done_keeps_no_context(instrumented: None) -> None:
     class Kept:
         pass

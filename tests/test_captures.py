@@ -52,6 +52,7 @@ def test_nothing_is_captured_unless_asked_for(
     assert recorder.points(QUEUE_TIME) == []
 
 
+@pytest.mark.cpython
 def test_the_size_is_that_of_the_serialised_value(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_failed_send_has_size_and_tombstone_too(
     assert sizes == [(5, None), (None, True)]
 
 
+@pytest.mark.cpython
 def test_headers_are_captured_by_name_as_lists_of_text(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -213,6 +215,7 @@ def test_an_exclusion_wins_wherever_it_stands(globs: str, captured: set[str]) ->
 
 
 @pytest.mark.parametrize("way", ["loop", "next", "poll"])
+@pytest.mark.cpython
 def test_the_queue_time_is_the_time_since_the_records_timestamp(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, way: str
 ) -> None:
@@ -277,6 +280,7 @@ def test_the_queue_time_is_measured_of_what_is_not_sampled(
     assert recorder.count(QUEUE_TIME) == 1
 
 
+@pytest.mark.cpython
 def test_a_clock_that_is_ahead_makes_no_negative_time(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

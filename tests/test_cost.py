@@ -51,9 +51,16 @@ class CallCounter:
     def _is_ours(self, frame: FrameType | None) -> bool:
         return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
+    def _is_call(self, event: str, argument: Any) -> bool:
+        if event == "c_call":
+            # A lock that is taken is one call. Its `__exit__` is reported everywhere,
+            # its `__enter__` from 3.14 on.
+            return bool(argument.__name__ != "__enter__")
+        return event == "call"
+
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if self._is_ours(frame) or (event == "call" and self._is_ours(frame.f_back)):
-            self.calls[get_ident()] += event in ("call", "c_call")
+            self.calls[get_ident()] += self._is_call(event, argument)
 
     def start(self) -> None:
         """Count in threads that start from now on; this one is `count`'s."""

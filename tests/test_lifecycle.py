@@ -40,6 +40,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.cpython
 def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
     forgetful: None,
     instrument: Instrument,
@@ -72,6 +73,7 @@ def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
     _endings.abandon_all()
 
 
+@pytest.mark.cpython
 def test_what_is_still_open_is_found_and_ended_once(
     forgetful: None,
     instrument: Instrument,
@@ -121,6 +123,7 @@ def test_a_forked_child_drops_what_its_parent_has_started(
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.cpython
 def test_a_child_forked_in_a_loop_leaves_the_loops_span_to_its_parent(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -184,6 +187,7 @@ def test_an_exit_after_the_brokers_death_ends_every_span() -> None:
     assert None not in errors[1:]
 
 
+@pytest.mark.cpython
 def test_a_loop_that_the_exit_interrupts_has_its_span_ended(
     clients: Clients, topic: str
 ) -> None:
@@ -244,6 +248,7 @@ FROZEN = """
 """
 
 
+@pytest.mark.cpython
 def test_an_exit_ends_the_spans_of_frozen_objects(clients: Clients, topic: str) -> None:
     clients.send(b"1")
     told = run_recorded(FROZEN, clients.address, topic)
@@ -333,6 +338,7 @@ def test_messages_in_flight_survive_uninstrument(
     assert recorder.one(f"send {topic}").status.status_code is StatusCode.UNSET
 
 
+@pytest.mark.cpython
 def test_an_interpreter_without_cpythons_own_functions_loses_no_more_than_loops(
     clients: Clients, topic: str
 ) -> None:

@@ -66,6 +66,7 @@ def metric(recorder: Recorder, name: str) -> Any:
     return found
 
 
+@pytest.mark.cpython
 def test_a_send_and_a_loop_measure_all_four(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_send_and_a_loop_measure_all_four(
     }
 
 
+@pytest.mark.cpython
 def test_names_units_and_boundaries_are_the_conventions(
     instrumented: None, clients: Clients, recorder: Recorder
 ) -> None:
@@ -144,6 +146,7 @@ def test_names_units_and_boundaries_are_the_conventions(
         ("process", PROCESS),
     ],
 )
+@pytest.mark.cpython
 def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
     instrumented: None,
     clients: Clients,
@@ -169,6 +172,7 @@ def test_a_span_and_its_duration_agree_and_it_is_the_exemplar(
     assert exemplar.span_id == span.context.span_id
 
 
+@pytest.mark.cpython
 def test_what_is_not_sampled_is_measured_and_no_exemplar(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> None:
@@ -203,6 +207,7 @@ def test_poll_counts_all_at_its_return(
     assert recorder.count(PROCESS) == 0
 
 
+@pytest.mark.cpython
 def test_looping_over_what_poll_returned_counts_nothing_again(
     instrumented: None, clients: Clients, recorder: Recorder
 ) -> None:
@@ -238,6 +243,7 @@ def test_an_iteration_is_measured_by_its_polls_and_not_by_its_records(
     assert polls == consumer.fruitful < 3
 
 
+@pytest.mark.cpython
 def test_durations_are_recorded_where_no_span_is_made(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> None:

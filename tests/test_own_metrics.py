@@ -233,6 +233,7 @@ def test_a_closed_client_is_not_observed_though_it_is_kept(
     assert seen(recorder) == {}
 
 
+@pytest.mark.cpython
 def test_a_provider_is_let_go_with_the_instrumentation(
     instrument: Instrument, clients: Clients
 ) -> None:

@@ -57,6 +57,7 @@ def failed(span: ReadableSpan) -> bool:
     )
 
 
+@pytest.mark.cpython
 def test_in_a_loop_it_adopts_the_loops_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -103,6 +104,7 @@ def test_in_a_loop_over_a_polled_batch_it_adopts_too(
     assert [failed(span) for span in recorder.named(f"process {topic}")] == [True] * 2
 
 
+@pytest.mark.cpython
 def test_another_record_in_a_loop_gets_a_span_of_its_own(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -190,6 +192,7 @@ def test_in_a_worker_thread(
     assert span.parent is not None
 
 
+@pytest.mark.cpython
 def test_a_worker_thread_of_a_loop_gets_a_span_of_its_own(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -489,6 +492,7 @@ def test_a_process_that_is_not_instrumented_uses_the_global_providers(
     assert done.stdout.splitlines() == ["True", "1"]
 
 
+@pytest.mark.cpython
 def test_in_another_task_it_adopts_nothing(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -104,6 +104,7 @@ def test_headers_that_the_produce_hook_adds_are_sent(
 
 
 @pytest.mark.parametrize("way", ["loop", "next", "loop without spans", "polled loop"])
+@pytest.mark.cpython
 def test_the_consume_hook_is_called_once_for_each_record(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, way: str
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_hook_that_raises_is_logged_once_and_harms_nobody(
     ]
 
 
+@pytest.mark.cpython
 def test_without_receive_spans_poll_makes_none_and_loops_do(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -50,6 +50,7 @@ def measured(recorder: Recorder) -> int:
     )
 
 
+@pytest.mark.cpython
 def test_a_commit_in_a_loop_is_a_child_of_the_process_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -17,7 +17,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _client_metrics
+from otel_kafka_python import KafkaPythonInstrumentor, _client_metrics, _kafka
 from otel_kafka_python._client_metrics import NAMES
 from recorder import Log, Recorder
 
@@ -164,6 +164,28 @@ def test_the_lag_of_each_partition_is_what_the_consumer_has_not_been_given(
         for (_, number), lag in lags(recorder).items():
             assert lag == {"0": 30, "1": 7}[number] - given[number]
     assert lags(recorder) == {(topic, "0"): 0, (topic, "1"): 0}
+
+
+def test_the_assignment_is_read_once_however_many_topics_there_are(
+    clients: Clients, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics = [f"{topic}.{number}" for number in range(5)]
+    producer = clients.producer()
+    for each in topics:
+        producer.send(each, b"value").get(DEADLINE)
+    consumer = clients.consumer(*topics)
+    poll_records(consumer, len(topics))
+    reads: list[Any] = []
+
+    def assigned(consumer: Any) -> Any:
+        reads.append(consumer)
+        return consumer._subscription.assignment
+
+    monkeypatch.setattr(_kafka, "_assigned", assigned)
+    metrics = _kafka.client_metrics(consumer, "consumer", "bytes-consumed-rate")
+    tags = {metric.tags["topic"] for metric in metrics if metric.tags}
+    assert tags == set(topics)
+    assert len(reads) == 1
 
 
 def test_the_lag_in_a_loop_is_what_comes_after_the_record(

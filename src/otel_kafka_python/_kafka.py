@@ -12,6 +12,7 @@ import ipaddress
 import re
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import FrameType, MethodType
@@ -424,13 +425,16 @@ def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
         name: The metric's name, as kafka-python has it.
     """
     found = []
+    topics: dict[str, str] | None = None
     # None where the client was told to keep none (3.0 and later).
     for metric, keeper in (instance.metrics(raw=True) or {}).items():
         if metric.name != name or not metric.group.startswith(kind):
             continue
         tags = {}
         if topic := metric.tags.get("topic"):
-            tags["topic"] = _topic_of_tag(instance, topic)
+            if topics is None:
+                topics = _topics_by_tag(instance)
+            tags["topic"] = topics.get(topic, topic)
         # Of a node or a topic the group is named, too.
         _, _, of_node = metric.group.partition("-node-metrics.")
         _, _, of_topic = metric.group.partition("-topic-metrics.")
@@ -444,11 +448,15 @@ def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
     return found
 
 
-def _topic_of_tag(consumer: Any, tag: str) -> str:
-    """The topic of a tag, in which kafka-python has replaced each dot."""
+def _topics_by_tag(consumer: Any) -> dict[str, str]:
+    """The topics by their tags, in which kafka-python has replaced each dot.
+
+    A tag that several topics share is left out.
+    """
     topics = {partition.topic for partition in list(_assigned(consumer))}
-    named = [topic for topic in topics if topic.replace(".", "_") == tag]
-    return named[0] if len(named) == 1 else tag
+    tags = {topic: topic.replace(".", "_") for topic in topics}
+    shared = Counter(tags.values())
+    return {tag: topic for topic, tag in tags.items() if shared[tag] == 1}
 
 
 def _assigned(consumer: Any) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from otel_kafka_python._kafka import ClientMetric, Server, partition_number, plain
-from otel_kafka_python._safety import text_of
+from otel_kafka_python._safety import raise_signalled, text_of
 from otel_kafka_python._semconv import (
     ERROR_TYPE,
     EXCEPTION_MESSAGE,
@@ -230,7 +230,8 @@ def message_key(key: object) -> str | None:
             return None if _SURROGATES.search(key) else plain(key)
         if isinstance(key, int) and not isinstance(key, bool):
             return str(int(key))
-    except Exception:  # noqa: S110 (bytes that are no UTF-8, too many digits for Python
-        # to write, a class of the application's that raises whatever it likes)
-        pass
+    except Exception:
+        # Bytes that are no UTF-8, too many digits for Python to write, a class of the
+        # application's that raises whatever it likes.
+        raise_signalled()
     return None

@@ -117,10 +117,10 @@ class Commit(PendingOperation):
         ledger: CommitLedger,
         offsets: Offsets,
     ) -> None:
-        super().__init__(template, span, started)
         self._coordinator = weakref.ref(coordinator)
         self._ledger = ledger
         self._offsets = offsets
+        super().__init__(template, span, started)
         ledger.committed.update(offsets)
 
     def follow(self, future: Any, pending: PendingCommit | None = None) -> None:

@@ -141,8 +141,10 @@ class ConsumerWrappers:
                     template, SpanKind.CLIENT, started, template.attributes
                 )
             operation = Operation(template, span, started)
-            operation.fail(error)
-            operation.end()
+            try:
+                operation.fail(error)
+            finally:  # of an interrupt, too
+                operation.end()
         except Exception:
             report("trace a poll")
 
@@ -223,13 +225,15 @@ class ConsumerWrappers:
             span = telemetry.start_span(
                 template, SpanKind.CLIENT, started, attributes, links=links
             )
+        try:
             if (
                 span is not None
                 and config.consume_hook is not None
                 and not (measured and self.holds)
             ):
                 call_hook("consume_hook", config.consume_hook, span, record, (), {})
-        Operation(template, span, started).end(ended=ended, measured=measured)
+        finally:  # of an interrupt, too
+            Operation(template, span, started).end(ended=ended, measured=measured)
         _count_records(template, [record], span)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
 
 # One object for each process, so that a forked child knows what is not its own.
 process = object()
@@ -40,24 +40,31 @@ class Endable:
 # The operations that finalisers found without an end, and when.
 deferred: deque[tuple[Endable, int]] = deque()
 
-# The thread on which the garbage collector runs now.
-_collecting: int | None = None
+# Has an entry while the garbage collector runs.
+_collections: dict[object, object] = {}
 
 
-def is_collecting() -> bool:
-    """Whether the garbage collector runs on this thread now, as far as it tells."""
-    return not _collector_tells or _collecting == threading.get_ident()
+class _Phases:
+    """The phases of a collection, as attributes that put the entry in or take it out.
 
+    None of this is written in Python. A signal that comes during a collection is
+    handled by the first code that is, and what its handler raises in a callback of the
+    collector's would be lost.
+    """
 
-def _on_collection(phase: str, _info: Mapping[str, int]) -> None:
-    global _collecting  # noqa: PLW0603 (there is one collector)
-    _collecting = threading.get_ident() if phase == "start" else None
+    start = property(None, _collections.__setitem__)
+    stop = property(None, cast("Any", _collections.pop))
 
 
 # PyPy's collector does not tell; without reference counts nothing else finalises.
 _collector_tells = hasattr(gc, "callbacks")
 if _collector_tells:
-    gc.callbacks.append(_on_collection)
+    gc.callbacks.append(partial(setattr, _Phases()))
+
+
+def is_collecting() -> bool:
+    """Whether the garbage collector runs now, as far as it tells."""
+    return bool(_collections) or not _collector_tells
 
 
 def defer(operation: Endable) -> None:

@@ -18,6 +18,8 @@ from functools import cache
 from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
+from otel_kafka_python._safety import raise_signalled
+
 _DEFAULT_PORT = 9092
 
 # Before this version of the broker's protocol records have no headers, and
@@ -199,6 +201,7 @@ def partition_number(partition: Any) -> int | None:
         number = int(partition)
         return number if number == partition else None
     except Exception:  # a class of the application's may raise whatever it likes
+        raise_signalled()
         return None
 
 

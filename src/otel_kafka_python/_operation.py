@@ -116,13 +116,14 @@ class Operation(Endable):
     def __init__(
         self, template: OperationTemplate, span: Span | None, started: int
     ) -> None:
-        self.ended = False
-        self.process = _endings.process
         self.template = template
         self.span = span
         self.started = started
         self.error_type: str | None = None
+        self.process = _endings.process
         self._unclaimed = True
+        # Last, so that what an interrupt leaves half made is never ended.
+        self.ended = False
 
     def fail(self, error: BaseException | None) -> None:
         """Record why the operation fails (Recording errors); it goes on until its end.
@@ -250,8 +251,10 @@ class PendingOperation(Operation):
     def end_with(self, error: BaseException) -> None:
         """End it with what the call raised: nothing was handed to the client."""
         if self.claim():
-            self.fail(error)
-            self.end_claimed(self._known_attributes())
+            try:
+                self.fail(error)
+            finally:  # of an interrupt, too
+                self.end_claimed(self._known_attributes())
 
     def __call__(self, outcome: Any) -> None:
         """Receive the result or the exception of the future, on any thread."""
@@ -303,11 +306,13 @@ class PendingOperation(Operation):
     def abandon(self, ended: int) -> None:
         """End it without knowing the broker's answer."""
         if self.claim():
-            self.fail(None)
-            self.end_claimed(self._known_attributes(), ended=ended)
+            try:
+                self.fail(None)
+            finally:
+                self.end_claimed(self._known_attributes(), ended=ended)
 
     def __del__(self) -> None:
-        if not self.ended:
+        if not getattr(self, "ended", True):
             _endings.defer(self)
 
 

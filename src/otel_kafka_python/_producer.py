@@ -70,12 +70,12 @@ class Delivery(PendingOperation):
         client: TracedClient,
         key: object,
     ) -> None:
-        super().__init__(template, span, started)
         self._client = client
         self._key = None if key is None else message_key(key)
         self._partition: Any = None
         self._size: int | None = None
         self._batch: Any = None
+        super().__init__(template, span, started)
 
     def follow(self, future: Any, config: Config) -> None:
         """Wait for the outcome; it may be there already.

@@ -23,6 +23,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 
+from otel_kafka_python._safety import raise_signalled
+
 _COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>"})
 _DELEGATIONS = frozenset({"SEND", "YIELD_FROM"})
 _YIELDS = _DELEGATIONS | {"YIELD_VALUE"}
@@ -177,6 +179,7 @@ def _is_trusted() -> bool:
     try:
         return all(_try_statements()) and not any(_try_others())
     except Exception:
+        raise_signalled()
         return False
 
 

@@ -17,7 +17,7 @@ from otel_kafka_python._operation import PROCESS
 from otel_kafka_python._processing.iterators import Records
 from otel_kafka_python._processing.scopes import Scope, scope_of
 from otel_kafka_python._processing.spans import open_batch_scope, open_scope
-from otel_kafka_python._safety import is_new, logger, report
+from otel_kafka_python._safety import is_new, logger, raise_signalled, report
 from otel_kafka_python._telemetry import Telemetry
 
 # The one that `instrument()` has set up, or the global providers' where nothing
@@ -159,6 +159,7 @@ def _refused(given: Any) -> str | None:
 
 def _explain(given: Any) -> None:
     """Warn of what `process_span` does not take, and of any other failure as ever."""
+    raise_signalled()
     try:
         caller: FrameType | None = None
         if hasattr(sys, "_getframe"):

@@ -36,7 +36,8 @@ def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     name, version, *_ = wheel.name.split("-")
-    expected = {f"{PACKAGE.name}/{path.name}" for path in PACKAGE.glob("*.py")}
+    modules = (path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
+    expected = {module.as_posix() for module in modules}
     expected |= {f"{PACKAGE.name}/py.typed"}
     expected |= {f"{name}-{version}.dist-info/{each}" for each in METADATA}
     if names != expected:

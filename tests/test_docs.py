@@ -25,6 +25,7 @@ from typing import Any
 
 import opentelemetry.environment_variables
 import opentelemetry.instrumentation.environment_variables
+import opentelemetry.instrumentation.logging.environment_variables
 import opentelemetry.sdk.environment_variables
 import pytest
 import yaml
@@ -175,6 +176,15 @@ def names(spans: Any) -> list[str]:
     return sorted(each.span.name for each in spans)
 
 
+def spans_until(receiver: OtlpProtoTestServer, *awaited: str) -> dict[str, Any]:
+    """The spans by name, once those of the awaited names are there."""
+    spans: dict[str, Any] = {}
+    while not spans.keys() >= {*awaited}:
+        span = receiver.get_span(DEADLINE)
+        spans[span.span.name] = span
+    return spans
+
+
 # It would wait for more.
 UNTIL_SHIPPED = f"{APPLICATION}    break\n"
 
@@ -284,12 +294,12 @@ def needs(module: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"{module} is not installed here")
 
 
-def ask(port: int) -> bytes:
+def ask(request: urllib.request.Request) -> bytes:
     """Ask a server on this machine, once it listens."""
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}") as response:
+            with urllib.request.urlopen(request) as response:
                 return bytes(response.read())
         except urllib.error.URLError:
             if time.monotonic() > deadline:
@@ -314,7 +324,8 @@ def test_gunicorns_workers_are_traced(
     arguments = f"--bind 127.0.0.1:{port} --graceful-timeout 3"
     programs.environ["GUNICORN_CMD_ARGS"] = arguments
     with programs.running(command):
-        assert ask(port) == b"ordered\n"
+        request = urllib.request.Request(f"http://127.0.0.1:{port}")
+        assert ask(request) == b"ordered\n"
         spans = receiver.get_spans(1, DEADLINE)
     assert names(spans) == [f"send {topic}"]
 
@@ -666,6 +677,143 @@ def test_the_hooks_move_as_they_are(code: str) -> None:
         instrumentor.uninstrument()
 
 
+LOGGING = example("logs", "LoggingInstrumentor")
+SERVED = """
+import telemetry
+from kafka import KafkaConsumer, KafkaProducer
+from opentelemetry import trace
+telemetry.start()
+tracer = trace.get_tracer("shop")
+producer = KafkaProducer(bootstrap_servers="localhost:9092")
+consumer = KafkaConsumer(
+    "orders",
+    bootstrap_servers="localhost:9092",
+    auto_offset_reset="earliest",
+    consumer_timeout_ms=5000,
+)
+producer.send("orders", b"a lamp").get(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "span"),
+    [
+        (
+            example("logs", "in consumer:") + "    break\n",
+            "shipping a lamp",
+            "process {topic}",
+        ),
+        (
+            example("logs", "add_callback") + "producer.close()\n",
+            "delivered at offset 1",
+            "checkout",
+        ),
+        (example("logs", "ThreadPoolExecutor"), "shipping a lamp", "process {topic}"),
+    ],
+    ids=["loop", "callback", "thread"],
+)
+def test_log_lines_have_the_trace_id(
+    programs: Programs,
+    receiver: OtlpProtoTestServer,
+    topic: str,
+    code: str,
+    says: str,
+    span: str,
+) -> None:
+    span = span.format(topic=topic)
+    code = code.replace("timeout_ms=1000", f"timeout_ms={DEADLINE * 1000:.0f}")
+    programs.write(telemetry=TELEMETRY, app=SERVED + LOGGING + code)
+    lines = programs.run(f"{sys.executable} app.py 2>&1").splitlines()
+    (line,) = [line for line in lines if says in line]
+    (trace_id,) = re.findall(r"trace_id=(\w{32})", line)
+    assert spans_until(receiver, span)[span].span.trace_id.hex() == trace_id
+
+
+WORKER = example("web", "KafkaConsumer(")
+START_WORKER = example("web", "python worker.py", "sh")
+ORDER = example("web", "curl", "sh")
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "command", "served"),
+    [
+        (module, example("web", f"from {module}"), example("web", start, "sh"), served)
+        for module, start, served in (
+            ("fastapi", "uvicorn", "POST /orders/{item}"),
+            ("flask", "--app web", "POST /orders/<item>"),
+            ("django", "django-admin", "POST orders/<item>"),
+        )
+    ],
+    ids=["FastAPI", "Flask", "Django"],
+)
+def test_a_request_its_message_and_the_worker_are_one_trace(
+    programs: Programs,
+    receiver: OtlpProtoTestServer,
+    topic: str,
+    module: str,
+    code: str,
+    command: str,
+    served: str,
+) -> None:
+    pytest.importorskip(module)
+    # A group of its own: a worker that is stopped does not leave its group.
+    worker = WORKER.replace('"shipping"', f'"{topic}"')
+    programs.write(web=code, worker=worker)
+    (port,) = free_ports(1)
+    launch = " ".join(command.replace("8000", str(port)).split("\n"))
+    launch = launch.replace("export ", "env ")
+    if not launch.startswith("env "):
+        launch = f"env {launch}"
+    (url,) = re.findall(r"http://\S+", ORDER)
+    with programs.running(launch):
+        request = urllib.request.Request(url.replace("8000", str(port)), method="POST")
+        assert b'"ordered"' in ask(request)
+        with programs.running(f"env {START_WORKER}"):
+            spans = spans_until(receiver, served, f"send {topic}", f"process {topic}")
+    chain = [spans[name] for name in (served, f"send {topic}", f"process {topic}")]
+    assert [each.span.parent_span_id for each in chain] == [
+        b"",
+        *[each.span.span_id for each in chain[:2]],
+    ]
+    assert [services([each]) for each in chain] == [{"web"}, {"web"}, {"worker"}]
+
+
+SAMPLER = example("sampling", "OTEL_TRACES_SAMPLER", "sh")
+
+
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_a_sampler_keeps_a_fraction_of_traces_and_all_metrics(
+    programs: Programs, receiver: OtlpProtoTestServer, topic: str, ratio: int
+) -> None:
+    programs.write(app=UNTIL_SHIPPED)
+    programs.run(SAMPLER.replace("0.01", str(ratio)) + LAUNCH)
+    spans = {each.span.name for each in receiver.drain_spans()}
+    assert spans == ({f"send {topic}", f"process {topic}"} if ratio else set())
+    measured = {each.metric.name for each in receiver.drain_metrics()}
+    assert "messaging.client.sent.messages" in measured
+
+
+def test_the_collector_that_samples_uses_what_it_configures() -> None:
+    config = yaml.safe_load(example("sampling", "tail_sampling", "yaml"))
+    (pipeline,) = config["service"]["pipelines"].values()
+    assert {kind: set(parts) for kind, parts in pipeline.items()} == {
+        kind: set(config[kind]) for kind in pipeline
+    }
+
+
+def test_traces_go_to_a_backend_on_this_machine(
+    programs: Programs, receiver: OtlpProtoTestServer, topic: str
+) -> None:
+    programs.write(app=UNTIL_SHIPPED)
+    command = example("see-traces", "python app.py", "sh")
+    assert ":4318" in command
+    programs.run(command.replace(":4318", f":{receiver.port}"))
+    assert names(receiver.get_spans(2, DEADLINE)) == [
+        f"process {topic}",
+        f"send {topic}",
+    ]
+
+
 Measured = Callable[[str], dict[str, set[str]]]
 
 
@@ -738,7 +886,9 @@ def test_a_view_drops_metrics_of_the_client(measured: Measured, code: str) -> No
 
 
 @pytest.mark.parametrize(
-    "line", [example("threads", "pip install", "sh")], ids=["threads"]
+    "line",
+    [example(page, "pip install", "sh") for page in ("logs", "threads")],
+    ids=["logs", "threads"],
 )
 def test_what_is_to_be_installed_exists(line: str) -> None:
     for name in shlex.split(line)[2:]:
@@ -767,6 +917,7 @@ def test_every_variable_that_is_named_exists() -> None:
     for module in (
         opentelemetry.environment_variables,
         opentelemetry.instrumentation.environment_variables,
+        opentelemetry.instrumentation.logging.environment_variables,
         opentelemetry.sdk.environment_variables,
     ):
         known |= {name for name in vars(module) if name.startswith("OTEL_")}

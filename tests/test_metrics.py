@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from clients import DEADLINE, Clients, committable, poll, poll_records
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python._metrics import Metrics
 from recorder import Recorder
 
 OPERATION = "messaging.client.operation.duration"
@@ -438,3 +440,28 @@ def test_many_threads_lose_no_count(
         of_partition = {"messaging_destination_partition_id": str(partition.partition)}
         assert recorder.count(SENT, **of_partition) == end
         assert recorder.count(CONSUMED, **of_partition) == end
+
+
+def test_threads_that_make_the_instruments_at_once_have_the_same(
+    recorder: Recorder,
+) -> None:
+    """The SDK reads the first observable counter of a name and no other."""
+    found: list[Any] = []
+
+    class Slow(MeterProvider):
+        def get_meter(self, *args: Any, **kwargs: Any) -> Any:
+            if not others:
+                others.append(threading.Thread(target=make))
+                others[0].start()
+                others[0].join(0.3)  # it is done by then if nothing holds it up
+            return super().get_meter(*args, **kwargs)
+
+    def make() -> None:
+        found.append(made.instruments())
+
+    others: list[threading.Thread] = []
+    made = Metrics(Slow([recorder.reader.__class__()], shutdown_on_exit=False))
+    make()
+    others[0].join(DEADLINE)
+    one, other = found
+    assert one is other

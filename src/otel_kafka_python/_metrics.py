@@ -82,11 +82,14 @@ class MessageCounter:
 
 
 _lock = threading.Lock()
+# Held while instruments are made, of whichever provider; by a provider that makes
+# something of ours on the way once more.
+_making = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 (another thread may have held it)
-    _lock = threading.Lock()
+    global _lock, _making
+    _lock, _making = threading.Lock(), threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -127,20 +130,30 @@ class Metrics:
         global provider that is set late is noticed then.
         """
         if self._instruments is None:
-            provider = self._provider or get_meter_provider()
-            # Providers and meters of the API itself record nothing: none is set
-            # (yet), or the SDK is disabled. Its proxies would record once one is
-            # set, but what is handed to them until then would be for nothing.
-            if not _is_of_api(provider):
-                meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
-                if not _is_of_api(meter):
-                    self._instruments = _create_instruments(provider, meter)
-                    if self._living is not None:
-                        try:
-                            observe(provider, meter, self._living)
-                        except Exception:
-                            report("observe the metrics of clients")
+            # An SDK ignores a second observable instrument of the same name: if two
+            # threads made them at once, one would count for nobody.
+            with _making:
+                if self._instruments is None:
+                    self._instruments = self._make()
         return self._instruments
+
+    def _make(self) -> Instruments | None:
+        provider = self._provider or get_meter_provider()
+        # Providers and meters of the API itself record nothing: none is set (yet), or
+        # the SDK is disabled. Its proxies would record once one is set, but what is
+        # handed to them until then would be for nothing.
+        if _is_of_api(provider):
+            return None
+        meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
+        if _is_of_api(meter):
+            return None
+        instruments = _create_instruments(provider, meter)
+        if self._living is not None:
+            try:
+                observe(provider, meter, self._living)
+            except Exception:
+                report("observe the metrics of clients")
+        return instruments
 
 
 def _is_of_api(thing: object) -> bool:

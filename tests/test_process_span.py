@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import Clients, poll
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python import KafkaPythonInstrumentor, _config, process_span
 from recorder import Log, Recorder, attributes_of
 from scripts import run
 
@@ -563,3 +563,28 @@ def test_a_large_batch_forwarded_is_known_to_be_processed(
     assert sent.parent is not None
     assert sent.parent.span_id == span.get_span_context().span_id
     assert sent.links == ()
+
+
+def test_what_is_instrumented_meanwhile_is_what_counts(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without an instrumentation it reads the settings; one may come just then."""
+    clients.send(b"1")
+    ((record,),) = poll(clients.consumer()).values()
+    load = _config.load
+
+    def load_meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(_config, "load", load)
+        instrument()
+        return load(*arguments)
+
+    monkeypatch.setattr(_config, "load", load_meanwhile)
+    with process_span(record):
+        pass
+    with process_span(record):
+        pass
+    assert recorder.named(f"process {topic}") != []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,15 +21,22 @@ from otel_kafka_python._processing.spans import open_batch_scope, open_scope
 from otel_kafka_python._safety import is_new, logger, raise_signalled, report
 from otel_kafka_python._telemetry import Telemetry
 
-# The one that `instrument()` has set up, or the global providers' where nothing
-# was instrumented.
-_telemetry: Telemetry | None = None
+# The one that `instrument()` has set up.
+_instrumented: Telemetry | None = None
+
+
+@cache
+def _global_telemetry() -> Telemetry:
+    """The global providers', where nothing was instrumented."""
+    return Telemetry(_config.load({}))
 
 
 def use(telemetry: Telemetry | None) -> None:
     """Have `process_span` work with what `instrument()` has set up."""
-    global _telemetry  # noqa: PLW0603 (there is one instrumentation)
-    _telemetry = telemetry
+    global _instrumented  # noqa: PLW0603 (there is one instrumentation)
+    _instrumented = telemetry
+    # Another may be wanted once nothing is instrumented any more.
+    _global_telemetry.cache_clear()
 
 
 def process_span(
@@ -75,10 +83,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         return INVALID_SPAN if scope is None or scope.span is None else scope.span
 
     def _open(self) -> tuple[Scope | None, bool]:
-        global _telemetry  # noqa: PLW0603 (there is one instrumentation)
-        if _telemetry is None:
-            _telemetry = Telemetry(_config.load({}))
-        telemetry = _telemetry
+        telemetry = _instrumented or _global_telemetry()
         current = otel_context.get_current()
         if not telemetry.may_begin(current):
             return None, False

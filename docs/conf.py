@@ -1,5 +1,7 @@
 """How the documentation is built: `tox -e docs`."""
 
+import os
+
 from otel_kafka_python import __version__
 
 project = "otel-kafka-python"
@@ -24,3 +26,10 @@ html_title = f"otel-kafka-python {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_show_copyright = False
+# Read the Docs says which repository it builds; each page then links to it.
+if repository := os.environ.get("READTHEDOCS_GIT_CLONE_URL"):
+    html_theme_options = {
+        "footer_icons": [
+            {"name": "Repository", "url": repository, "html": "Repository"}
+        ]
+    }

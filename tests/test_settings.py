@@ -9,6 +9,7 @@ from opentelemetry import trace
 
 from clients import Clients, poll
 from conftest import Instrument
+from otel_kafka_python._config import Config
 from recorder import Log, Recorder, attributes_of
 
 
@@ -204,3 +205,42 @@ def test_without_capture_message_key_no_key_is_recorded(
     links = [link for span in recorder.ended for link in span.links]
     for attributes in attributes_of([*recorder.ended, *links]):
         assert "messaging.kafka.message.key" not in attributes
+
+
+@pytest.mark.parametrize("internal", ["__consumer_offsets", "__transaction_state"])
+def test_the_topics_of_kafka_itself_are_excluded_unless_others_are(
+    internal: str,
+) -> None:
+    assert Config().excludes(internal)
+    assert not Config(excluded_topics=()).excludes(internal)
+    assert not Config().excludes(f"{internal}_of_ours")
+
+
+def test_messages_to_some_topics_can_be_left_without_headers(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = f"{topic}-other"
+    instrument(propagation_excluded_topics=f"none,{topic[:-2]}*-oth?r")
+    producer = clients.producer()
+    for each in (topic, other):
+        producer.send(each, b"value").get(30)
+    found = {}
+    for record in clients.consumer(topic, other):
+        found[record.topic] = [name for name, _ in record.headers]
+        if len(found) == 2:
+            break
+    assert found == {topic: ["traceparent"], other: []}
+    (sent,) = recorder.named(f"send {other}")
+    assert sent.kind is trace.SpanKind.CLIENT
+
+
+def test_without_metrics_nothing_is_measured_but_what_is_asked_for(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(metrics=False, capture_queue_time=True, client_metrics=True)
+    clients.send(b"1")
+    next(clients.consumer())
+    assert recorder.names() == [f"poll {topic}", f"send {topic}"]
+    names = {metric.name for metric in recorder.metrics()}
+    assert names
+    assert {name.split(".")[1] for name in names} == {"consumer", "producer"}

@@ -209,7 +209,7 @@ def test_the_table_of_settings_is_complete() -> None:
     documented = {}
     for names, variable, default, _ in table("README", "Settings"):
         for name in code_in(names):
-            documented[name] = (variable.strip("`"), default)
+            documented[name] = (variable.strip("`"), default.strip("`"))
     for provider in ("tracer_provider", "meter_provider", "logger_provider"):
         documented.pop(provider)
     assert list(documented) == list(_config._PARSERS)

@@ -84,8 +84,10 @@ class Config:
 
     produce_hook: Annotated[ProduceHook | None, _hook] = None
     consume_hook: Annotated[ConsumeHook | None, _hook] = None
-    excluded_topics: _Globs = ()
+    # By default those that Kafka itself writes to.
+    excluded_topics: _Globs = ("__consumer_offsets", "__transaction_state")
     propagation: _Flag = True
+    propagation_excluded_topics: _Globs = ()
     send_spans: _Flag = True
     receive_spans: _Flag = True
     process_spans: _Flag = True
@@ -96,6 +98,7 @@ class Config:
     capture_headers: _Globs = ()
     capture_queue_time: _Flag = False
     next_process_spans: _Flag = False
+    metrics: _Flag = True
     client_metrics: _Flag = False
     # The SDK keeps the newest links up to its own limit; building more is waste.
     link_limit: int = _DEFAULT_LINK_LIMIT
@@ -106,6 +109,12 @@ class Config:
     def excludes(self, topic: str) -> bool:
         """Whether `topic` matches one of the globs of `excluded_topics`."""
         return _matches(self.excluded_topics, topic)
+
+    def propagates_to(self, topic: str | None) -> bool:
+        """Whether messages to `topic` carry the context."""
+        return self.propagation and not (
+            topic is not None and _matches(self.propagation_excluded_topics, topic)
+        )
 
     @property
     def processes_next(self) -> bool:
@@ -203,7 +212,9 @@ def shown(default: object) -> str:
     """The default of a setting, as its environment variable would say it."""
     if isinstance(default, bool):
         return str(default).lower()
-    return "none" if default in (None, ()) else str(default)
+    if isinstance(default, tuple):
+        return ",".join(default) or "none"
+    return "none" if default is None else str(default)
 
 
 def _link_limit(environ: Mapping[str, str]) -> int:

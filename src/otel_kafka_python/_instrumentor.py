@@ -67,6 +67,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         consume_hook: ConsumeHook | None = None,
         excluded_topics: str | Iterable[str] | None = None,
         propagation: bool | None = None,
+        propagation_excluded_topics: str | Iterable[str] | None = None,
         send_spans: bool | None = None,
         receive_spans: bool | None = None,
         process_spans: bool | None = None,
@@ -77,6 +78,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         capture_headers: str | Iterable[str] | None = None,
         capture_queue_time: bool | None = None,
         next_process_spans: bool | None = None,
+        metrics: bool | None = None,
         client_metrics: bool | None = None,
         skip_dep_check: bool = False,
         raise_exception_on_conflict: bool = False,
@@ -104,9 +106,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             consume_hook: Called as `consume_hook(span, record, args, kwargs)` once
                 for each record with the span that accounts for it alone.
             excluded_topics: Globs of topics that are left alone: no spans, no
-                metrics, no injection.
+                metrics, no injection. Default: "__consumer_offsets" and
+                "__transaction_state", which Kafka itself writes to.
             propagation: Whether messages that are sent carry the context.
                 Default: true.
+            propagation_excluded_topics: Globs of topics whose messages carry no
+                context, because their consumers take no headers. Default: none.
             send_spans: Whether `send` makes spans. Default: true.
             receive_spans: Whether `poll` and `next` make spans. Default: true.
             process_spans: Whether loops over records make spans. Default: true.
@@ -128,6 +133,8 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             next_process_spans: Whether `next(consumer)` makes a process span that
                 is current until the consumer is asked for more or is closed.
                 Default: false.
+            metrics: Whether the metrics of the convention, and of queue time, are
+                measured. Default: true.
             client_metrics: Whether kafka-python's own metrics and the consumers' lag
                 are exported, too. Default: false.
             skip_dep_check: Whether to instrument whatever version of kafka-python is
@@ -145,6 +152,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             consume_hook=consume_hook,
             excluded_topics=excluded_topics,
             propagation=propagation,
+            propagation_excluded_topics=propagation_excluded_topics,
             send_spans=send_spans,
             receive_spans=receive_spans,
             process_spans=process_spans,
@@ -155,6 +163,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             capture_headers=capture_headers,
             capture_queue_time=capture_queue_time,
             next_process_spans=next_process_spans,
+            metrics=metrics,
             client_metrics=client_metrics,
             skip_dep_check=skip_dep_check,
             raise_exception_on_conflict=raise_exception_on_conflict,

@@ -114,12 +114,18 @@ class Metrics:
         provider: The meter provider; the global one if None.
         living: Gives the clients whose own metrics are observed; None if nobody
             has asked for these.
+        measures: Whether there are instruments at all.
     """
 
     def __init__(
-        self, provider: MeterProvider | None, living: Living | None = None
+        self,
+        provider: MeterProvider | None,
+        living: Living | None = None,
+        *,
+        measures: bool = True,
     ) -> None:
         self._provider = provider
+        self._measures = measures
         self._living = living
         self._instruments: Instruments | None = None
 
@@ -147,7 +153,9 @@ class Metrics:
         meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
         if _is_of_api(meter):
             return None
-        instruments = _create_instruments(provider, meter)
+        instruments = None
+        if self._measures:
+            instruments = _create_instruments(provider, meter)
         if self._living is not None:
             try:
                 observe(provider, meter, self._living)

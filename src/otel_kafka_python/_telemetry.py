@@ -91,7 +91,9 @@ class Telemetry:
         # Whether anything is measured, as far as is known from what was done.
         self.measures = False
         self._metrics = Metrics(
-            meter_provider, self._living if config.client_metrics else None
+            meter_provider,
+            self._living if config.client_metrics else None,
+            measures=config.metrics,
         )
         self._exceptions = ExceptionEvents(config, logger_provider)
         self._tracer = trace.get_tracer(
@@ -211,7 +213,9 @@ class Telemetry:
             event_type=kind.type or "settle",
             knows_cluster=MESSAGING_KAFKA_CLUSTER_ID in attributes,
             injects=(
-                self.config.propagation and client.sends_headers and has_propagators()
+                self.config.propagates_to(topic)
+                and client.sends_headers
+                and has_propagators()
             ),
             observes_end=duration is not None or self._exceptions.are_logged,
             queue_time=queue_time,

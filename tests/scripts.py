@@ -82,15 +82,22 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def run_recorded(script: str, *arguments: str, first: str = "") -> dict[str, Any]:
+def run_recorded(
+    script: str,
+    *arguments: str,
+    first: str = "",
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run a script under a recorder and return what that has seen at the exit.
 
     Args:
         script: The script.
         arguments: Its arguments.
         first: What is to run before anything is imported.
+        environ: More environment variables.
     """
-    done = run(first + PREAMBLE + textwrap.dedent(script), *arguments)
+    script = first + PREAMBLE + textwrap.dedent(script)
+    done = run(script, *arguments, environ=environ)
     assert done.returncode == 0, done.stderr
     *children, told = map(json.loads, done.stdout.splitlines())
     told["stderr"] = done.stderr

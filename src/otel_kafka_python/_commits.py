@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python import _kafka
@@ -255,7 +256,11 @@ class CommitWrappers:
         commit = None
         offsets = _kafka.offsets_argument(args, kwargs)
         if all(each is not offsets for each in list(ledger.in_sync.values())):
-            commit = self._begin(instance, ledger, args, kwargs, auto=True)
+            # The client's own thread may have inherited what was current when the
+            # client was made, which has nothing to do with it.
+            commit = self._begin(
+                instance, ledger, args, kwargs, auto=True, context=Context()
+            )
         try:
             result = await wrapped(*args, **kwargs)
         except BaseException as error:
@@ -308,11 +313,14 @@ class CommitWrappers:
         kwargs: Kwargs,
         *,
         auto: bool,
+        context: Context | None = None,
     ) -> Commit | None:
         try:
             offsets = _kafka.offsets_argument(args, kwargs)
-            if self._telemetry.may_begin():
-                return self._start(instance, ledger, offsets, auto=auto)
+            if self._telemetry.may_begin(context):
+                return self._start(
+                    instance, ledger, offsets, auto=auto, context=context
+                )
             # What the broker has now will not be known.
             ledger.forget(_kafka.offsets_by_partition(offsets))
         except Exception:
@@ -320,7 +328,13 @@ class CommitWrappers:
         return None
 
     def _start(
-        self, instance: Any, ledger: CommitLedger, given: Any, *, auto: bool
+        self,
+        instance: Any,
+        ledger: CommitLedger,
+        given: Any,
+        *,
+        auto: bool,
+        context: Context | None,
     ) -> Commit | None:
         telemetry, config = self._telemetry, self._telemetry.config
         client = telemetry.clients.get(instance)
@@ -342,7 +356,9 @@ class CommitWrappers:
         moves = given is None or offsets.items() - ledger.committed.items()
         if moves and config.commit_spans in (("all",) if auto else ("all", "manual")):
             attributes = template.attributes | _offset_attributes(partition, offsets)
-            span = telemetry.start_span(template, SpanKind.CLIENT, started, attributes)
+            span = telemetry.start_span(
+                template, SpanKind.CLIENT, started, attributes, context
+            )
         return Commit(template, span, started, instance, ledger, offsets)
 
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import Histogram
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Span, Status, StatusCode
 
 from otel_kafka_python import _endings, _kafka
 from otel_kafka_python._attributes import (
@@ -112,6 +112,9 @@ class Operation(Endable):
     """
 
     __slots__ = ("_unclaimed", "error_type", "span", "started", "template")
+
+    # The context that it is measured in if it has no span; the current one if None.
+    _without_span: ClassVar[Context | None] = None
 
     def __init__(
         self, template: OperationTemplate, span: Span | None, started: int
@@ -226,7 +229,9 @@ class Operation(Endable):
                     tally = template.messages.tally({**tally.attributes, **error})
             if messages and tally is not None:
                 tally.count(messages)
-            context = None if span is None else Context({SPAN_KEY: span})
+            context = self._without_span
+            if span is not None:
+                context = Context({SPAN_KEY: span})
             seconds = (ended - self.started) / 1e9
             duration.record(seconds, attributes, context)
         except Exception:
@@ -247,6 +252,10 @@ class PendingOperation(Operation):
     """
 
     __slots__ = ()
+
+    # The thread that the answer comes on may have inherited the span in which the
+    # client was made: that is no exemplar. The SDK takes an empty context for none.
+    _without_span = Context({SPAN_KEY: INVALID_SPAN})
 
     def end_with(self, error: BaseException) -> None:
         """End it with what the call raised: nothing was handed to the client."""

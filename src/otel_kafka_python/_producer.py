@@ -35,7 +35,11 @@ from otel_kafka_python._operation import (
     PendingOperation,
     is_recorded,
 )
-from otel_kafka_python._processing.scopes import is_being_processed
+from otel_kafka_python._processing.scopes import (
+    THREADS_INHERIT,
+    context_of_thread,
+    is_being_processed,
+)
 from otel_kafka_python._propagation import (
     creation_context,
     inject,
@@ -281,6 +285,7 @@ class ProducerWrappers:
         telemetry = self._telemetry
         config, hook = telemetry.config, telemetry.config.produce_hook
         context = get_current()
+        context = context_of_thread(context) if THREADS_INHERIT else context
         # What makes no sense, and a topic that is missing, kafka-python complains of.
         try:
             topic, key, headers, partition = _kafka.send_arguments(*args, **kwargs)

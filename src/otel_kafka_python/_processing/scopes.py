@@ -19,6 +19,8 @@ context around it stands for it.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from typing import Any
@@ -32,6 +34,9 @@ from otel_kafka_python._messages import Record
 from otel_kafka_python._operation import Operation
 from otel_kafka_python._propagation import SPAN_KEY, creation_context
 from otel_kafka_python._safety import report
+
+# Whether a thread begins with a copy of the context that it is started in.
+THREADS_INHERIT = bool(getattr(sys.flags, "thread_inherit_context", False))
 
 # The innermost scope of this context. It is set beside every `attach` and reset
 # first, because it refuses the token of another context in silence, where
@@ -101,6 +106,7 @@ class Scope(Operation):
         "_failed_with",
         "_ids",
         "_marker",
+        "_thread",
         "_token",
         "is_bounded",
         "messages",
@@ -116,6 +122,7 @@ class Scope(Operation):
                 Without a span nothing is made current.
         """
         self._entered = self.is_bounded = True
+        self._thread = threading.get_ident() if THREADS_INHERIT else None
         self.messages = messages
         self._ids: frozenset[int] | None = None
         self._failed_with: int | None = None
@@ -321,6 +328,22 @@ def context_around_ended(context: Context) -> Context:
             context = scope._around
         scope = scope._below
     return context_for_left(context) if context else context
+
+
+def context_of_thread(context: Context) -> Context:
+    """The current context, or the one around the scopes that a thread has outlived.
+
+    A thread that was started in a scope keeps it for whatever it does later, which
+    nobody has asked for. A task, or a pool that carries contexts along, does so on
+    purpose: its context stays.
+
+    Args:
+        context: The current context.
+    """
+    scope = innermost.get(None)
+    if scope is None or scope._thread == threading.get_ident():
+        return context
+    return context_around_ended(context)
 
 
 def context_for_left(context: Context) -> Context:

@@ -28,7 +28,7 @@ LEVELS = [
     {"_processing"},
     {"_telemetry"},
     {"_operation"},
-    {"_endings", "_messages"},
+    {"_span_ends", "_endings", "_messages"},
     {"_propagation", "_metrics"},
     {"_client_metrics", "_exception_events"},
     {"_attributes", "_clients"},

@@ -18,6 +18,7 @@ The modules, from the outside in; each imports only from those below it:
     _processing        process spans: their scope, their parent, their end
     _telemetry         what all wrappers share: settings, tracer, instruments
     _operation         an operation, and the one way it ends
+    _span_ends         where spans end that must hold nothing up
     _endings           ends that nobody calls for: collector, fork, exit
     _messages          what a span says of the messages that it accounts for
     _propagation       headers in, headers out

@@ -30,6 +30,7 @@ from otel_kafka_python._metrics import MessageCounter, Tally
 from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
+from otel_kafka_python._span_ends import end_span
 
 
 class Kind(NamedTuple):
@@ -115,6 +116,8 @@ class Operation(Endable):
 
     # The context that it is measured in if it has no span; the current one if None.
     _without_span: ClassVar[Context | None] = None
+    # Whether it ends on the thread on which kafka-python calls back with answers.
+    is_answered: ClassVar[bool] = False
 
     def __init__(
         self, template: OperationTemplate, span: Span | None, started: int
@@ -210,7 +213,10 @@ class Operation(Endable):
                     if attributes and span.is_recording():
                         span.set_attributes(attributes)
                 finally:
-                    span.end(ended)
+                    if self.is_answered:
+                        end_span(span, ended)
+                    else:
+                        span.end(ended)
             except Exception:
                 report("end a span")
         if measured and self.template.duration is not None:
@@ -256,6 +262,7 @@ class PendingOperation(Operation):
     # The thread that the answer comes on may have inherited the span in which the
     # client was made: that is no exemplar. The SDK takes an empty context for none.
     _without_span = Context({SPAN_KEY: INVALID_SPAN})
+    is_answered = True
 
     def end_with(self, error: BaseException) -> None:
         """End it with what the call raised: nothing was handed to the client."""

@@ -1,0 +1,119 @@
+"""How the span of an answered request ends: nothing foreign may hold up the answers.
+
+kafka-python calls back with the answers on its I/O thread. A span processor that
+exports a span as it ends, and waits for a collector that hangs, would hold up all
+messages of the producer, until they expire. Such spans end on a thread of ours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import sys
+import threading
+from typing import Any
+
+from opentelemetry.trace import Span
+
+from otel_kafka_python._safety import report
+
+# As many as a BatchSpanProcessor keeps by default.
+_MOST_WAITING = 2048
+_SECONDS_AT_EXIT = 5.0
+
+
+class _Ender:
+    """The thread that ends spans, and those that wait for it."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[tuple[Span, int]] = queue.Queue(_MOST_WAITING)
+        self._takes_more = True
+        # Its end comes before that of a provider, whose handler is older.
+        atexit.register(self._stop)
+        name = "otel-kafka-python-span-ends"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def end(self, span: Span, ended: int) -> None:
+        """End a span soon, in the order of these calls."""
+        if self._takes_more:
+            self._waiting.put_nowait((span, ended))
+        else:
+            span.end(ended)
+
+    def _run(self) -> None:
+        while True:
+            span, ended = self._waiting.get()
+            try:
+                span.end(ended)
+            except BaseException:
+                report("end a span")
+            self._waiting.task_done()
+
+    def _stop(self) -> None:
+        waiting = self._waiting
+        with waiting.all_tasks_done:
+            waiting.all_tasks_done.wait_for(
+                lambda: not waiting.unfinished_tasks, _SECONDS_AT_EXIT
+            )
+        self._takes_more = False
+
+
+_ender: _Ender | None = None
+_lock = threading.Lock()
+# The processors that the last span had, and whether they may block.
+_known: tuple[object, bool] = (None, False)
+
+
+def end_span(span: Span, ended: int) -> None:
+    """End a span, on another thread where its processors may block this one.
+
+    Args:
+        span: The span.
+        ended: When it ended, in nanoseconds since the epoch.
+    """
+    global _known  # noqa: PLW0603 (a cache of one entry)
+    # A span that is not the SDK's, or not recorded, has none.
+    own: Any = getattr(span, "_span_processor", None)
+    if own is None:
+        span.end(ended)
+        return
+    known = _known
+    # The tuple is another one whenever a processor is added.
+    if known[0] is not own._span_processors:
+        known = _known = own._span_processors, _exports_at_once(own)
+    if known[1]:
+        _take().end(span, ended)
+    else:
+        span.end(ended)
+
+
+def _exports_at_once(processor: Any) -> bool:
+    """Whether a processor of the SDK's exports each span as it ends, to elsewhere."""
+    parts = getattr(processor, "_span_processors", None)
+    if parts is not None:
+        return any(map(_exports_at_once, parts))
+    sdk = sys.modules.get("opentelemetry.sdk.trace.export")
+    if sdk is None or not isinstance(processor, sdk.SimpleSpanProcessor):
+        return False
+    # Those of the SDK itself write to the memory and to the console.
+    exporter = type(getattr(processor, "span_exporter", None))
+    return not exporter.__module__.startswith("opentelemetry.sdk.")
+
+
+def _take() -> _Ender:
+    global _ender  # noqa: PLW0603 (there is one thread)
+    with _lock:
+        if _ender is None:
+            _ender = _Ender()
+        return _ender
+
+
+def _after_fork_in_child() -> None:
+    global _ender, _lock  # noqa: PLW0603 (the thread is the parent's)
+    _ender = None
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,155 @@
+"""Exporters that block: none holds up the messages of a producer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import (
+    ConsoleSpanExporter,
+    SimpleSpanProcessor,
+    SpanExporter,
+    SpanExportResult,
+)
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from clients import DEADLINE, Clients
+from conftest import Instrument
+from otel_kafka_python import _span_ends
+from recorder import Log
+from scripts import run
+
+MESSAGES = 21
+
+
+class Hanging(SpanExporter):
+    """Hangs, as a collector may, until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+        self.exported: list[str] = []
+        self.threads: set[str] = set()
+        self.has_all = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.goes_on.wait(DEADLINE)
+        self.threads.add(threading.current_thread().name)
+        self.exported += [span.name for span in spans]
+        if len(self.exported) == MESSAGES:
+            self.has_all.set()
+        return SpanExportResult.SUCCESS
+
+
+@pytest.fixture
+def exporter(instrument: Instrument) -> Iterator[Hanging]:
+    exporter = Hanging()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    instrument(tracer_provider=provider)
+    yield exporter
+    exporter.goes_on.set()
+
+
+def test_an_exporter_that_hangs_holds_no_message_up(
+    exporter: Hanging, clients: Clients, topic: str
+) -> None:
+    producer = clients.producer()
+    futures = [producer.send(topic, b"value") for _ in range(MESSAGES)]
+    assert [each.get(DEADLINE).offset for each in futures] == list(range(MESSAGES))
+    assert exporter.exported == []
+    exporter.goes_on.set()
+    assert exporter.has_all.wait(DEADLINE)
+    assert exporter.exported == [f"send {topic}"] * MESSAGES
+
+
+def test_an_exporter_that_sends_by_the_same_producer_is_served(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    sent = threading.Event()
+
+    class Sending(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            producer.send(f"{topic}-spans", spans[0].name.encode()).get(DEADLINE)
+            sent.set()
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(Sending()))
+    producer = clients.producer()
+    instrument(tracer_provider=provider)
+    assert producer.send(topic, b"value").get(DEADLINE).offset == 0
+    assert sent.wait(DEADLINE)
+
+
+def test_of_more_spans_than_can_wait_the_last_are_lost_and_this_is_logged(
+    exporter: Hanging,
+    clients: Clients,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_span_ends, "_MOST_WAITING", 2)
+    monkeypatch.setattr(_span_ends, "_ender", None)
+    producer = clients.producer()
+    for _ in range(MESSAGES):
+        producer.send(topic, b"value").get(DEADLINE)
+    producer.flush()
+    (message,) = log.take()
+    assert message.startswith("Failed to end a span")
+
+
+@pytest.mark.parametrize("exporter_class", [ConsoleSpanExporter, InMemorySpanExporter])
+def test_a_span_that_is_kept_in_the_process_has_ended_when_its_message_has(
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    exporter_class: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported: list[str] = []
+    plain = exporter_class.export
+
+    def export(self: Any, spans: Sequence[ReadableSpan]) -> Any:
+        exported.extend(span.name for span in spans)
+        return plain(self, spans)
+
+    monkeypatch.setattr(exporter_class, "export", export)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter_class()))
+    instrument(tracer_provider=provider)
+    clients.send(b"value")
+    assert exported == [f"send {topic}"]
+
+
+def test_at_the_exit_spans_that_wait_are_exported(clients: Clients, topic: str) -> None:
+    done = run(
+        """
+        import sys, time
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import (
+            SimpleSpanProcessor, SpanExporter, SpanExportResult,
+        )
+
+        class Slow(SpanExporter):
+            def export(self, spans):
+                time.sleep(0.1)
+                print(spans[0].name, flush=True)
+                return SpanExportResult.SUCCESS
+
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(Slow()))
+        from otel_kafka_python import KafkaPythonInstrumentor
+        KafkaPythonInstrumentor().instrument(tracer_provider=provider)
+        from kafka import KafkaProducer
+        producer = KafkaProducer(bootstrap_servers=sys.argv[1])
+        for _ in range(5):
+            producer.send(sys.argv[2], b"value")
+        producer.flush()
+        """,
+        clients.address,
+        topic,
+    )
+    assert done.stdout.splitlines() == [f"send {topic}"] * 5, done.stderr

@@ -2,9 +2,9 @@
 
     python benchmarks/publish.py
 
-writes the charts and the marked parts of `docs/performance.md` from the two JSON files
-in `docs/_static`; with `--measure` it first runs `compare.py` and `scaling.py`, which
-write these.
+writes the charts and the marked parts of the pages on performance from the two JSON
+files in `docs/_static`; with `--measure` it first runs `compare.py` and `scaling.py`,
+which write these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import scaling
 
 DOCS = Path(__file__).parent.parent / "docs"
 STATIC = DOCS / "_static"
-PAGE = DOCS / "performance.md"
 COMPARED = STATIC / "benchmarks.json"
 SCALED = STATIC / "scaling.json"
 END = "<!-- end -->"
@@ -32,11 +31,11 @@ class Published(NamedTuple):
 
     Args:
         charts: The SVGs, by name of their file in `docs/_static`.
-        parts: What stands in the page between a mark and the next `END`.
+        pages: What stands in each page of `docs` between a mark and the next `END`.
     """
 
     charts: dict[str, str]
-    parts: dict[str, str]
+    pages: dict[str, dict[str, str]]
 
 
 def publish(compared: dict[str, Any], scaled: dict[str, Any]) -> Published:
@@ -48,16 +47,21 @@ def publish(compared: dict[str, Any], scaled: dict[str, Any]) -> Published:
             "scaling.svg": chart.curves(scaled),
         },
         {
-            "measured with": report.measured_with(compared),
-            "costs": table(report.costs(compared)),
-            "long runs": table(report.long_runs(compared)),
-            "verdict": report.verdict(compared),
-            "targets": table(report.reached(compared)),
-            "scaled with": report.measured_with(scaled),
-            "growth": table(report.growth(scaled)),
-            "bytes kept": table(report.bytes_kept(scaled)),
-            "arithmetic": report.arithmetic(compared),
-            "fleets": table(report.fleets(compared)),
+            "performance.md": {
+                "summary": report.summary(compared),
+                "measured with": report.measured_with(compared),
+                "costs": table(report.costs(compared)),
+                "long runs": table(report.long_runs(compared)),
+                "fleets": table(report.fleets(compared)),
+                "arithmetic": report.arithmetic(compared),
+            },
+            "performance-appendix.md": {
+                "verdict": report.verdict(compared),
+                "targets": table(report.reached(compared)),
+                "scaled with": report.measured_with(scaled),
+                "growth": table(report.growth(scaled)),
+                "bytes kept": table(report.bytes_kept(scaled)),
+            },
         },
     )
 
@@ -85,7 +89,9 @@ def main() -> None:
     )
     for name, svg in published.charts.items():
         (STATIC / name).write_text(svg)
-    PAGE.write_text(written(PAGE.read_text(), published.parts))
+    for name, parts in published.pages.items():
+        page = DOCS / name
+        page.write_text(written(page.read_text(), parts))
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def fleets(results: dict[str, Any]) -> Rows:
     """The cores that a million messages a second take, sent and consumed."""
     return Rows(
         (
-            *("set-up", "a message sent adds", "a message consumed adds"),
+            *("setup", "a sent message adds", "a consumed message adds"),
             *("cores for kafka-python", "cores added"),
         ),
         [
@@ -301,10 +301,10 @@ def arithmetic(results: dict[str, Any]) -> str:
     _, (sent, consumed) = _fleet(results, fleet)
     both = sent + consumed
     return fill(
-        f"With {fleet.what}, a message that is sent costs {sent:.1f} µs more, and one"
-        f" that is consumed {consumed:.1f} µs: together {both:.1f} µs. A million of"
-        f" each in a second are {both:.1f} seconds of CPU time in a second:"
-        f" {both:.0f} cores of the kind that this was measured on, over the fleet.",
+        f"With {fleet.what}, a sent message costs {sent:.1f} µs more and a consumed"
+        f" message {consumed:.1f} µs: together {both:.1f} µs. A million of each per"
+        f" second take {both:.1f} seconds of CPU time per second: {both:.0f} cores of"
+        " the measured kind over the fleet.",
         _WIDTH,
     )
 
@@ -319,13 +319,38 @@ def measured_with(results: dict[str, Any]) -> str:
     )
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The cost of a send and of a record in a loop, in a line for each setting."""
+    workloads = results["workloads"]
+    lines = []
+    for title, setting in (
+        ("With all traces sampled", "sampled"),
+        ("With one percent sampled", "1 % sampled"),
+        ("Without an SDK", "no SDK"),
+    ):
+        (sent, by_hand), (looped, looped_by_hand) = (
+            [
+                workloads[f"{name}, {setting}"][variant][scope]["added"]
+                for variant in ("ours", "hand-written")
+            ]
+            for name, scope in (("send", "process"), ("loop", "thread"))
+        )
+        lines.append(
+            f"- {title}, a send adds {sent:.0f} µs of CPU time and a record in a loop"
+            f" {looped:.0f} µs. By hand it is {by_hand:.0f} µs and"
+            f" {looped_by_hand:.0f} µs."
+        )
+    return "\n".join(fill(each, _WIDTH, subsequent_indent="  ") for each in lines)
+
+
 def verdict(results: dict[str, Any]) -> str:
     """How many targets are reached."""
     made = targets(results)
     missed = sum(not each.reached for each in made)
     if not missed:
-        return f"All {len(made)} are reached."
-    return f"Of {len(made)} targets {missed} {'is' if missed == 1 else 'are'} missed."
+        return f"All {len(made)} targets are reached."
+    are = "is" if missed == 1 else "are"
+    return f"{missed} of {len(made)} targets {are} missed."
 
 
 def markdown(rows: Rows) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from compare import CASES, LONG_CASES
-from publish import COMPARED, PAGE, SCALED, STATIC, publish, written
+from publish import COMPARED, DOCS, SCALED, STATIC, publish, written
 from report import GOALS, fleets
 from scaling import CURVES
 
@@ -23,9 +23,10 @@ compared = json.loads(COMPARED.read_text())
 scaled = json.loads(SCALED.read_text())
 
 
-def test_the_page_shows_the_figures() -> None:
-    page = PAGE.read_text()
-    assert written(page, publish(compared, scaled).parts) == page, RENEW
+def test_the_pages_show_the_figures() -> None:
+    for name, parts in publish(compared, scaled).pages.items():
+        page = (DOCS / name).read_text()
+        assert written(page, parts) == page, RENEW
 
 
 def test_the_charts_show_the_figures() -> None:
@@ -90,4 +91,4 @@ def test_the_benchmarks_run(tmp_path: Path) -> None:
     assert points(made["scaling"]) == points_up_to(10)
     published = publish(made["compare"], made["scaling"])
     assert all(published.charts.values())
-    assert all(published.parts.values())
+    assert all(part for page in published.pages.values() for part in page.values())

@@ -10,6 +10,7 @@ import importlib.util
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,9 @@ from opentelemetry.trace import Span, StatusCode
 from clients import DEADLINE, Clients, Waiting, poll, poll_records
 from conftest import Instrument
 from deliveries import carried, ids, until_all_have_ended
-from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python import KafkaPythonInstrumentor, _operation, process_span
 from recorder import Log, Recorder
-from scripts import run_recorded
+from scripts import run, run_recorded
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -79,6 +80,40 @@ def test_threads_that_share_a_producer_trace_each_message_once_and_as_their_own(
         assert carried(record) == ids(span)
         assert span.parent == requests[int(record.value)][0].context
         assert span.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["by the GIL", "by a lock"])
+def test_an_operation_is_claimed_once(
+    monkeypatch: pytest.MonkeyPatch, locked: bool
+) -> None:
+    if not locked and not getattr(sys, "_is_gil_enabled", lambda: True)():
+        pytest.skip("no GIL")
+    monkeypatch.setattr(_operation, "_claiming", threading.RLock() if locked else None)
+    template: Any = None
+    operations = [_operation.Operation(template, None, 0) for _ in range(2000)]
+    won = at_once(lambda _: [each.claim() for each in operations], 16)
+    assert [sum(claims) for claims in zip(*won, strict=True)] == [1] * len(operations)
+
+
+def test_without_the_gil_an_operation_is_claimed_under_a_lock() -> None:
+    done = run(
+        """
+        import sys, threading
+        sys._is_gil_enabled = lambda: False
+        from otel_kafka_python import _operation
+        operation = _operation.Operation(None, None, 0)
+        won = []
+        thread = threading.Thread(target=lambda: won.append(operation.claim()))
+        with _operation._claiming:
+            thread.start()
+            thread.join(0.1)
+            assert won == []
+            assert operation.claim()  # as a finaliser of this thread would
+        thread.join()
+        assert won == [False]
+        """
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_consumers_in_threads_have_each_their_own_current_span(

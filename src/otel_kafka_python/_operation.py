@@ -7,6 +7,7 @@ here, by `Operation.end`.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -39,6 +40,13 @@ class Kind(NamedTuple):
     name: str
     type: str | None  # None of what the convention has no type for
     group: str | None = None  # where it is not that of the client
+
+
+# Held while an operation is claimed, where threads run at the same time. A drop can
+# strike in the midst of a claim and claim another: it is reentrant.
+_claiming: threading.RLock | None = None
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    _claiming = threading.RLock()
 
 
 SEND = Kind("send", "send")
@@ -158,11 +166,17 @@ class Operation(Endable):
 
     def claim(self) -> bool:
         """Whether nobody has ended it; the caller has to."""
-        # To delete it is one step, which two threads cannot both take.
+        # Under the GIL to delete it is one step, which two threads cannot both take.
+        lock = _claiming
+        if lock is not None:
+            lock.acquire()
         try:
             del self._unclaimed
         except AttributeError:
             return False
+        finally:
+            if lock is not None:
+                lock.release()
         self.ended = True
         return self.process is _endings.process
 

@@ -269,6 +269,16 @@ def test_the_spans_can_be_printed(programs: Programs, topic: str) -> None:
     assert f'"name": "process {topic}"' in printed
 
 
+def test_no_headers_are_put_on_the_messages_to_a_topic(
+    programs: Programs, clients: Clients, topic: str
+) -> None:
+    setting = example("troubleshooting", "PROPAGATION_EXCLUDED", "sh")
+    programs.write(app=UNTIL_SHIPPED)
+    programs.run(setting.replace("reports", topic) + LAUNCH)
+    (record,) = poll_records(clients.consumer(), 1)
+    assert record.headers == []
+
+
 def test_the_launcher_finds_two_entry_points(programs: Programs) -> None:
     assert programs.run(FOUND).count("EntryPoint(") == 2
 

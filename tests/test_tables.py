@@ -27,7 +27,7 @@ from clients import (
 from conformance import EVENTS, TRANSACTION_ENDS, TYPES
 from conftest import Instrument
 from otel_kafka_python import _config, _kafka, _semconv, process_span
-from pages import PAGES, code_in, error_types, table
+from pages import PAGES, ROOT, code_in, error_types, table
 from recorder import Recorder, attributes_of
 
 TOO_LARGE = 3_000_000
@@ -341,3 +341,32 @@ def test_the_migration_leads_to_what_is_emitted() -> None:
     for _, _, become in table("migration", "Spans"):
         name, kind = become.rsplit(", ", 1)
         assert (name.strip("`"), kind) in spans
+
+
+@pytest.mark.one_client
+def test_what_is_supported_is_declared_and_tested() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    environments = (ROOT / "tox.ini").read_text()
+    scripts = [(ROOT / ".ci" / name).read_text() for name in ("run", "debian")]
+    supported = {
+        what: re.findall(r"\d+\.\d+", versions)
+        for what, versions, *_ in table("README", "Support")
+    }
+    pythons, lines = supported["CPython"], supported["kafka-python"]
+    (lowest,) = supported["OpenTelemetry"]
+    assert f'requires-python = ">={pythons[0]}"' in declared
+    assert (
+        re.findall(r'"Programming Language :: Python :: (3\..+)"', declared) == pythons
+    )
+    assert f'"opentelemetry-api>={lowest},' in declared
+    assert f'"opentelemetry-api=={lowest}"' in declared
+    factors = re.search(r"py3\{(.+)\}-kafka\{(.+),newest\}", environments)
+    assert factors is not None
+    assert [f"3.{minor}" for minor in factors[1].split(",")] == pythons
+    assert [".".join(line) for line in factors[2].split(",")] == lines
+    tested = set(re.findall(r"py3(\d+)-(\w+)", "".join(scripts)))
+    assert {f"3.{minor}" for minor, _ in tested} == set(pythons)
+    clients = {f"kafka{line.replace('.', '')}" for line in lines}
+    assert {client for _, client in tested} == clients | {"kafkanewest", "ng"}
+    assert "[testenv:pypy]" in environments
+    assert re.search(r"\bpypy\b", scripts[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import textwrap
@@ -17,7 +18,9 @@ from opentelemetry.trace import StatusCode
 from clients import DEADLINE, VERSION, Clients
 from collector import collect
 from conftest import Instrument
+from deliveries import until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, _endings, _metrics
+from otel_kafka_python._operation import PendingOperation
 from recorder import Recorder
 from scripts import run, run_recorded
 
@@ -93,6 +96,23 @@ def test_what_is_still_open_is_found_and_ended_once(
     collect()
     _endings.abandon_all()
     assert len(recorder.ended) == 10
+
+
+def test_a_future_that_is_done_keeps_no_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """Up to 2.1 it keeps its callbacks, and the application may keep it."""
+    producer = clients.producer()
+    futures = [producer.send(topic, b"value") for _ in range(10)]
+    producer.flush()
+    until_all_have_ended(recorder)
+    assert all(future.is_done for future in futures)
+    kept = [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), PendingOperation) and each.span is not None
+    ]
+    assert kept == []
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

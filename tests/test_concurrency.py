@@ -90,7 +90,7 @@ def test_an_operation_is_claimed_once(
         pytest.skip("no GIL")
     monkeypatch.setattr(_operation, "_claiming", threading.RLock() if locked else None)
     template: Any = None
-    operations = [_operation.Operation(template, None, 0) for _ in range(2000)]
+    operations = [_operation.Operation(template, None, (0, 0)) for _ in range(2000)]
     won = at_once(lambda _: [each.claim() for each in operations], 16)
     assert [sum(claims) for claims in zip(*won, strict=True)] == [1] * len(operations)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, cycle
 from typing import Any
 
 import pytest
@@ -465,3 +467,34 @@ def test_threads_that_make_the_instruments_at_once_have_the_same(
     others[0].join(DEADLINE)
     one, other = found
     assert one is other
+
+
+@pytest.mark.cpython
+def test_durations_do_not_follow_a_clock_that_is_set(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = clients.consumer()
+    producer = clients.producer()
+    hour = 3_600 * 10**9
+    # Each time that it is read, it has been set: forward, and then back.
+    hours = chain([1, 9], cycle([5, 3]))
+    monkeypatch.setattr(time, "time_ns", lambda: next(hours) * hour)
+    producer.send(clients.topic, b"1").get(DEADLINE)
+    producer.flush()
+    for _ in consumer:
+        break
+    consumer.poll(timeout_ms=0)
+    monkeypatch.undo()
+    assert recorder.open() == []
+    for span in recorder.ended:
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert 0 <= span.end_time - span.start_time < DEADLINE * 10**9
+    points = [*recorder.points(OPERATION), *recorder.points(PROCESS)]
+    assert {point.attributes["messaging.operation.name"] for point in points} == {
+        *("poll", "process", "send"),
+    }
+    assert all(0 < point.min <= point.max < DEADLINE for point in points)

@@ -24,7 +24,12 @@ from otel_kafka_python._attributes import (
     peer_attributes,
 )
 from otel_kafka_python._messages import shared
-from otel_kafka_python._operation import COMMIT, OperationTemplate, PendingOperation
+from otel_kafka_python._operation import (
+    COMMIT,
+    Moment,
+    OperationTemplate,
+    PendingOperation,
+)
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Telemetry
 
@@ -101,7 +106,7 @@ class Commit(PendingOperation):
     Args:
         template: What was known of it in advance.
         span: Its span, or None if it is only measured.
-        started: When it started, in nanoseconds since the epoch.
+        started: When it started.
         coordinator: The coordinator of the consumer.
         ledger: The ledger of the consumer's commits.
         offsets: What is committed.
@@ -113,7 +118,7 @@ class Commit(PendingOperation):
         self,
         template: OperationTemplate,
         span: Span | None,
-        started: int,
+        started: Moment,
         coordinator: Any,
         ledger: CommitLedger,
         offsets: Offsets,
@@ -350,7 +355,7 @@ class CommitWrappers:
         template = telemetry.template(client, COMMIT, topic, partition)
         if template is None:
             return None
-        started = time.time_ns()
+        started = time.time_ns(), time.monotonic_ns()
         span = None
         # Many programs commit after each poll, which mostly has brought nothing.
         moves = given is None or offsets.items() - ledger.committed.items()

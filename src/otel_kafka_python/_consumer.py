@@ -18,7 +18,7 @@ from otel_kafka_python._messages import (
     describe,
     shared,
 )
-from otel_kafka_python._operation import POLL, Operation, OperationTemplate
+from otel_kafka_python._operation import POLL, Moment, Operation, OperationTemplate
 from otel_kafka_python._processing.iterators import HeldScopes, Records, ScopedIterator
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._propagation import SPAN_KEY
@@ -49,7 +49,7 @@ class ConsumerWrappers:
         client = self._client_to_trace(instance)
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
-        started = time.time_ns()
+        started = time.time_ns(), time.monotonic_ns()
         try:
             polled = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -72,7 +72,7 @@ class ConsumerWrappers:
         client = self._client_to_trace(instance)
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
-        started = time.time_ns()
+        started = time.time_ns(), time.monotonic_ns()
         client.step = Step.NEXT
         try:
             record = wrapped(*args, **kwargs)
@@ -124,7 +124,7 @@ class ConsumerWrappers:
         return None
 
     def fail(
-        self, consumer: Any, client: TracedClient, started: int, error: BaseException
+        self, consumer: Any, client: TracedClient, started: Moment, error: BaseException
     ) -> None:
         """Trace a poll, a `next` or a step of an iteration that raised."""
         client.step = None  # what is around it need not tell it again
@@ -159,12 +159,12 @@ class ConsumerWrappers:
         }
         return {each: known for each, known in templates.items() if known is not None}
 
-    def _measure(self, client: TracedClient, started: int, polled: Any) -> None:
+    def _measure(self, client: TracedClient, started: Moment, polled: Any) -> None:
         """Measure the poll that iteration makes inside itself.
 
         It fetches ahead, so it accounts for no message yet.
         """
-        ended = time.time_ns()
+        ended = time.monotonic_ns()
         client.refresh()
         traced = self._traced(client, polled)
         if not traced:
@@ -173,8 +173,10 @@ class ConsumerWrappers:
         if template is not None:
             Operation(template, None, started).end(ended=ended)
 
-    def _receive_batch(self, client: TracedClient, started: int, polled: Any) -> None:
-        ended = time.time_ns()
+    def _receive_batch(
+        self, client: TracedClient, started: Moment, polled: Any
+    ) -> None:
+        ended = time.monotonic_ns()
         telemetry = self.telemetry
         traced = self._traced(client, polled)
         if not traced:
@@ -202,13 +204,13 @@ class ConsumerWrappers:
             polled[each] = Records(polled[each], telemetry, client)
 
     def receive_one(
-        self, client: TracedClient, started: int, record: Record, *, measured: bool
+        self, client: TracedClient, started: Moment, record: Record, *, measured: bool
     ) -> None:
         """Trace that a single record is handed over and no loop processes it.
 
         Args:
             client: The consumer.
-            started: When it was asked for, in nanoseconds since the epoch.
+            started: When it was asked for.
             record: The record.
             measured: Whether this is an operation of its own.
         """
@@ -216,7 +218,7 @@ class ConsumerWrappers:
         template = telemetry.template(client, POLL, record.topic, record.partition)
         if template is None:
             return
-        ended = time.time_ns()
+        ended = time.monotonic_ns()
         span = None
         if config.receive_spans:
             attributes = template.attributes.copy()
@@ -257,7 +259,7 @@ class ConsumerIterator(ScopedIterator):
         self._consumer = consumer
         self._client = wrappers.telemetry.clients.get(consumer)
         self._polls = iterates_by_polls(consumer)
-        self._started = 0
+        self._started: Moment = 0, 0
         found = next(
             vars(each)["__next__"]
             for each in type(plain).__mro__
@@ -275,7 +277,7 @@ class ConsumerIterator(ScopedIterator):
         client = self._client
         if self._wrappers.holds:
             self._wrappers.held.close(client)
-        self._started = time.time_ns()
+        self._started = time.time_ns(), time.monotonic_ns()
         client.step = Step.ITERATION
         try:
             return self._next()

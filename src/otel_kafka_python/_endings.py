@@ -32,7 +32,7 @@ class Endable:
         """End it because nothing else will any more.
 
         Args:
-            ended: When that was found out, in nanoseconds since the epoch.
+            ended: When that was found out, by the monotonic clock, in nanoseconds.
         """
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ def is_collecting() -> bool:
 def defer(operation: Endable) -> None:
     """Have an operation that was dropped abandoned later; safe in a finaliser."""
     if not operation.ended and operation.process is process:
-        deferred.append((operation, time.time_ns()))
+        deferred.append((operation, time.monotonic_ns()))
 
 
 def abandon_deferred() -> None:
@@ -90,7 +90,7 @@ def abandon_all() -> None:
         gc.unfreeze()  # the collector does not list frozen objects
     # Asking the garbage collector for them costs nothing until now, which a
     # register of all messages in flight would.
-    ended = time.time_ns()
+    ended = time.monotonic_ns()
     for thing in gc.get_objects():
         if issubclass(type(thing), Endable):
             thing.abandon(ended)

@@ -1,8 +1,8 @@
 """An operation, and the one way it ends.
 
 The span and the metrics of an operation share its start and its end, so both
-are given explicitly, in nanoseconds since the epoch, and both are recorded
-here, by `Operation.end`.
+are given explicitly and recorded here, by `Operation.end`. An end is a time of the
+monotonic clock, in nanoseconds, and a start one of both clocks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
 from otel_kafka_python._span_ends import end_span
+
+# A moment by both clocks, in nanoseconds: since the epoch, and of the monotonic clock.
+Moment = tuple[int, int]
 
 
 class Kind(NamedTuple):
@@ -117,7 +120,7 @@ class Operation(Endable):
     Args:
         template: What was known of it in advance.
         span: Its span, or None where it has none and is only measured.
-        started: When it started, in nanoseconds since the epoch.
+        started: When it started.
     """
 
     __slots__ = ("_unclaimed", "error_type", "span", "started", "template")
@@ -128,7 +131,7 @@ class Operation(Endable):
     is_answered: ClassVar[bool] = False
 
     def __init__(
-        self, template: OperationTemplate, span: Span | None, started: int
+        self, template: OperationTemplate, span: Span | None, started: Moment
     ) -> None:
         self.template = template
         self.span = span
@@ -193,7 +196,7 @@ class Operation(Endable):
 
         Args:
             attributes: What the span has learned since its creation.
-            ended: The end, in nanoseconds since the epoch; now if None.
+            ended: The end by the monotonic clock, in nanoseconds; now if None.
             measured: False if the duration belongs to an operation around it.
             partition: The partition, if it was not known in advance.
             messages: How many messages to count.
@@ -218,8 +221,11 @@ class Operation(Endable):
     ) -> None:
         """End it, as `end` does; the caller has claimed it."""
         if ended is None:
-            ended = time.time_ns()
-        ended = max(ended, self.started)  # the clock may have been set back
+            ended = time.monotonic_ns()
+        # The end is the start plus how long it took, so that no clock that is set
+        # meanwhile makes it last an hour.
+        since_epoch, began = self.started
+        elapsed = ended - began
         span = self.span
         if span is not None:
             try:
@@ -228,16 +234,16 @@ class Operation(Endable):
                         span.set_attributes(attributes)
                 finally:
                     if self.is_answered:
-                        end_span(span, ended)
+                        end_span(span, since_epoch + elapsed)
                     else:
-                        span.end(ended)
+                        span.end(since_epoch + elapsed)
             except Exception:
                 report("end a span")
         if measured and self.template.duration is not None:
-            self._measure(self.template.duration, ended, partition, messages)
+            self._measure(self.template.duration, elapsed, partition, messages)
 
     def _measure(
-        self, duration: Histogram, ended: int, partition: int | None, messages: int
+        self, duration: Histogram, elapsed: int, partition: int | None, messages: int
     ) -> None:
         template, span = self.template, self.span
         try:
@@ -252,8 +258,7 @@ class Operation(Endable):
             context = self._without_span
             if span is not None:
                 context = Context({SPAN_KEY: span})
-            seconds = (ended - self.started) / 1e9
-            duration.record(seconds, attributes, context)
+            duration.record(elapsed / 1e9, attributes, context)
         except Exception:
             report("record a metric")
 
@@ -268,7 +273,7 @@ class PendingOperation(Operation):
     Args:
         template: What was known of it in advance.
         span: Its span, or None if it is only measured.
-        started: When it started, in nanoseconds since the epoch.
+        started: When it started.
     """
 
     __slots__ = ()
@@ -288,7 +293,7 @@ class PendingOperation(Operation):
 
     def __call__(self, outcome: Any) -> None:
         """Receive the result or the exception of the future, on any thread."""
-        ended = time.time_ns()
+        ended = time.monotonic_ns()
         try:
             if isinstance(outcome, BaseException):
                 self._end_failed(outcome, ended)
@@ -342,7 +347,11 @@ class PendingOperation(Operation):
                 self.end_claimed(self._known_attributes(), ended=ended)
 
     def __del__(self) -> None:
-        if not getattr(self, "ended", True):
+        try:
+            has_ended = self.ended
+        except AttributeError:  # an interrupt has left it half made
+            return
+        if not has_ended:
             _endings.defer(self)
 
 

@@ -31,6 +31,7 @@ from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
+    Moment,
     OperationTemplate,
     PendingOperation,
     is_recorded,
@@ -59,7 +60,7 @@ class Delivery(PendingOperation):
     Args:
         template: What was known of it in advance.
         span: Its span, or None if it is only measured.
-        started: When it started, in nanoseconds since the epoch.
+        started: When it started.
         client: The producer.
         key: The message's key, if its span is yet to have it.
     """
@@ -70,7 +71,7 @@ class Delivery(PendingOperation):
         self,
         template: OperationTemplate,
         span: Span | None,
-        started: int,
+        started: Moment,
         client: TracedClient,
         key: object,
     ) -> None:
@@ -97,7 +98,7 @@ class Delivery(PendingOperation):
                 _kafka.when_done(future, self)
                 self._batch = None
             else:
-                self._end_failed(error, time.time_ns(), was_refused=True)
+                self._end_failed(error, time.monotonic_ns(), was_refused=True)
         except Exception:
             # A layer below ours may return something else than a future.
             report("follow the delivery of a message")
@@ -297,7 +298,7 @@ class ProducerWrappers:
         template = telemetry.template(client, SEND, topic, partition)
         if template is None:
             return None, None, args, kwargs
-        started = time.time_ns()
+        started = time.time_ns(), time.monotonic_ns()
         kept = None if headers is None else self._kept_context(headers, context)
         injects = kept is None and template.injects
         if not config.capture_message_key:

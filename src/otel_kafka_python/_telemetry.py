@@ -33,6 +33,7 @@ from otel_kafka_python._operation import (
     PROCESS,
     SEND,
     Kind,
+    Moment,
     OperationTemplate,
 )
 from otel_kafka_python._propagation import has_propagators
@@ -232,7 +233,7 @@ class Telemetry:
         self,
         template: OperationTemplate,
         kind: SpanKind,
-        started: int,
+        started: Moment,
         attributes: Mapping[str, Any],
         context: Context | None = None,
         links: Sequence[Link] = (),
@@ -242,7 +243,7 @@ class Telemetry:
         Args:
             template: What is known of its operation.
             kind: The kind of the span.
-            started: When the operation started, in nanoseconds since the epoch.
+            started: When the operation started.
             attributes: Its attributes, those of the template among them.
             context: The context with its parent; the current one if None.
             links: Its links.
@@ -254,7 +255,7 @@ class Telemetry:
                 kind,
                 attributes,
                 links,
-                started,
+                started[0],
                 # record_exception and set_status_on_exception
                 False,
                 False,

@@ -71,7 +71,7 @@ class TransactionWrappers:
         template = telemetry.template(client, kind, topic, partition)
         if template is None:
             return None
-        started = time.time_ns()
+        started = time.time_ns(), time.monotonic_ns()
         span = None
         if telemetry.config.commit_spans != "none":
             span = telemetry.start_span(

@@ -95,7 +95,7 @@ class Scope(Operation):
     Args:
         template: What was known of it in advance.
         span: Its span, or None if it is only measured.
-        started: When it started, in nanoseconds since the epoch.
+        started: When it started.
     """
 
     __slots__ = (

@@ -70,6 +70,11 @@ def test_a_broker_that_goes_away_under_a_consumer_is_no_error_of_ours(
         (("topic", b"value"), {"headers": [("traceparent", b""), "no header"]}),
         (("topic", b"value"), {"headers": [("traceparent", "text")]}),
         (("topic", b"value"), {"headers": [("traceparent", b"1", b"2")]}),
+        (("topic", b"value"), {"headers": (("shop", b"1"),)}),
+        (("topic", b"value"), {"headers": {"shop": b"1"}}),
+        (("topic", b"value"), {"headers": [["shop", b"1"]]}),
+        (("topic", b"value"), {"headers": [("shop", b"1"), (b"shop", b"1")]}),
+        (("topic", b"value"), {"headers": [("shop", b"1"), ("shop", None)]}),
     ],
     ids=repr,
 )
@@ -87,9 +92,10 @@ def test_a_call_that_makes_no_sense_fails_as_it_does_without(
         except Exception as error:
             return f"{type(error)}: {error}".split(" at 0x")[0]
 
-    before = outcome()
+    before, given = outcome(), repr((args, kwargs))
     instrument()
     assert outcome() == before
+    assert repr((args, kwargs)) == given
     producer.flush()
     assert recorder.open() == []
 

@@ -8,12 +8,15 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from opentelemetry.instrumentation import dependencies
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
 )
 
-from otel_kafka_python import KafkaPythonInstrumentor, _config
+from otel_kafka_python import KafkaPythonInstrumentor, _config, _safety
 from otel_kafka_python._config import Config, load
+from otel_kafka_python._processing import process_span
+from pages import section
 from recorder import Log
 
 BOOLEANS = [
@@ -182,3 +185,22 @@ def test_every_keyword_reaches_what_it_sets(
     )
     KafkaPythonInstrumentor().instrument(**given)  # type: ignore[arg-type]
     assert taken == given
+
+
+@pytest.mark.parametrize(
+    "warning",
+    [
+        "instruments any of",
+        "is not a variable of otel-kafka-python",
+        "instrument() has no keyword",
+        "but should be",
+        "process_span() takes a record, a sequence of records, or the dict that poll()",
+        "the application is not affected",
+    ],
+)
+def test_a_warning_is_explained_where_people_look_for_it(warning: str) -> None:
+    modules = (_config, _safety, process_span, dependencies)
+    source = "".join(inspect.getsource(module) for module in modules)
+    joined = re.sub(r'"\s+"', "", source)
+    assert warning in joined
+    assert warning in section("troubleshooting", "What the warnings mean")

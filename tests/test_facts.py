@@ -6,6 +6,7 @@ import json
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import kafka.errors
 import pytest
@@ -29,7 +30,7 @@ CONVENTION = json.loads(
     [
         ("key", "key"),
         ("", ""),
-        ("zwei\nZeilen", "zwei\nZeilen"),
+        ("two\nlines", None),
         (0, "0"),
         (-7, "-7"),
         (b"key", "key"),
@@ -41,9 +42,12 @@ CONVENTION = json.loads(
         ("\ud800", None),
         (None, None),
         (True, None),
-        (1.5, None),
+        (1.5, "1.5"),
+        (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (("a", 1), None),
-        (bytearray(b"key"), None),
+        (bytearray(b"key"), "key"),
+        (bytearray(b"two\nlines"), None),
+        (bytearray(b"\xff"), None),
     ],
 )
 def test_a_key_is_recorded_only_where_it_has_one_text_form(

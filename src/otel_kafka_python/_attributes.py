@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import UUID
 
 from otel_kafka_python._kafka import ClientMetric, Server, partition_number, plain
 from otel_kafka_python._safety import raise_signalled, text_of
@@ -219,17 +220,22 @@ def queue_seconds(timestamp: object, now: int) -> float | None:
 def message_key(key: object) -> str | None:
     """`messaging.kafka.message.key`, where the key has one unambiguous text form.
 
-    That is a str, an int, or bytes that are printable UTF-8. A str that has no
-    UTF-8 form (lone surrogates) has none: no exporter could encode it.
+    That is the text of a str, an int, a float, a UUID, or of bytes that are UTF-8,
+    where it is printable. A str that has no UTF-8 form (lone surrogates) is not.
     """
     try:
-        if isinstance(key, bytes):
-            text = key.decode()
-            return text if text.isprintable() else None
         if isinstance(key, str):
-            return None if _SURROGATES.search(key) else plain(key)
-        if isinstance(key, int) and not isinstance(key, bool):
-            return str(int(key))
+            text = plain(key)
+        elif isinstance(key, (bytes, bytearray)):
+            text = key.decode()
+        elif isinstance(key, int) and not isinstance(key, bool):
+            text = str(int(key))
+        elif isinstance(key, (float, UUID)):
+            text = str(key)
+        else:
+            return None
+        if text.isprintable():
+            return plain(text)
     except Exception:
         # Bytes that are no UTF-8, too many digits for Python to write, a class of the
         # application's that raises whatever it likes.

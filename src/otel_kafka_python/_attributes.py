@@ -224,10 +224,10 @@ def message_key(key: object) -> str | None:
     where it is printable. A str that has no UTF-8 form (lone surrogates) is not.
     """
     try:
-        if isinstance(key, str):
-            text = plain(key)
-        elif isinstance(key, (bytes, bytearray)):
+        if isinstance(key, (bytes, bytearray)):
             text = key.decode()
+        elif isinstance(key, str):
+            text = plain(key)
         elif isinstance(key, int) and not isinstance(key, bool):
             text = str(int(key))
         elif isinstance(key, (float, UUID)):
@@ -235,7 +235,7 @@ def message_key(key: object) -> str | None:
         else:
             return None
         if text.isprintable():
-            return plain(text)
+            return text
     except Exception:
         # Bytes that are no UTF-8, too many digits for Python to write, a class of the
         # application's that raises whatever it likes.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
-from opentelemetry._logs import NoOpLogger
+from opentelemetry._logs import LogRecord, NoOpLogger
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode, TraceFlags
@@ -104,6 +105,9 @@ def test_an_exception_is_an_event_of_the_span_or_a_log_event(
         stack = event.attributes["exception.stacktrace"]
         assert isinstance(stack, str)
         assert stack.startswith("Traceback")
+        if "exception" in signature(LogRecord.__init__).parameters:
+            assert event.exception is not None
+            assert str(event.exception) == span.status.description
 
 
 def test_a_log_event_is_there_for_what_is_not_sampled_too(

@@ -7,6 +7,8 @@ They are events of their spans, as people expect, and log events where
 from __future__ import annotations
 
 import time
+from inspect import signature
+from typing import Any
 
 from opentelemetry._logs import (
     Logger,
@@ -19,8 +21,12 @@ from opentelemetry.trace import Span, set_span_in_context
 
 from otel_kafka_python._attributes import exception_attributes
 from otel_kafka_python._config import Config
+from otel_kafka_python._safety import raise_signalled
 from otel_kafka_python._semconv import SCHEMA_URL
 from otel_kafka_python.package import __version__
+
+# Since 1.42 of the API a log record takes the exception itself.
+_TAKES_EXCEPTIONS = "exception" in signature(LogRecord.__init__).parameters
 
 
 class ExceptionEvents:
@@ -74,5 +80,19 @@ class ExceptionEvents:
                 severity_number=severity,
                 event_name=f"messaging.{operation_type}.exception",
                 attributes=exception_attributes(error),
+                **_itself(error),
             )
         )
+
+
+def _itself(error: BaseException) -> dict[str, Any]:
+    """The exception as an argument of a log record, where that takes it.
+
+    The SDK asks it what it says, and loses the record if it cannot.
+    """
+    try:
+        str(error)
+    except Exception:
+        raise_signalled()
+        return {}
+    return {"exception": error} if _TAKES_EXCEPTIONS else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
@@ -13,12 +14,23 @@ from opentelemetry.propagators.b3 import B3MultiFormat, B3SingleFormat
 from opentelemetry.propagators.jaeger import JaegerPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
+from opentelemetry.trace import (
+    SpanKind,
+    TraceFlags,
+    format_span_id,
+    format_trace_id,
+)
 
 from clients import DEADLINE, VERSION, Clients, poll_records, sends_large
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
-from otel_kafka_python._propagation import _GETTER, creation_context, extract, inject
+from otel_kafka_python._propagation import (
+    _GETTER,
+    EMPTY,
+    creation_context,
+    extract,
+    inject,
+)
 from recorder import Log, Recorder
 
 Headers = list[tuple[str, bytes]]
@@ -506,3 +518,63 @@ def test_what_is_written_is_what_the_default_propagators_write() -> None:
         # Where nothing is written, what the application has is left.
         expected = [("own", b"1"), *written] if written else own
         assert inject(own, around, span) == expected
+
+
+# What the propagators of Java write, each for the same span.
+SPAN_ID = "b7ad6b7169203331"
+XRAY = f"Root=1-{TRACE_ID[:8]}-{TRACE_ID[8:]};Parent={SPAN_ID};Sampled=1".encode()
+OF_JAVA = {
+    "tracecontext": [STALE],
+    "b3multi": [
+        ("X-B3-TraceId", TRACE_ID.encode()),
+        ("X-B3-SpanId", SPAN_ID.encode()),
+        ("X-B3-Sampled", b"1"),
+    ],
+    "b3": [("b3", f"{TRACE_ID}-{SPAN_ID}-1".encode())],
+    "jaeger": [("uber-trace-id", f"{TRACE_ID}:{SPAN_ID}:0:1".encode())],
+    "xray": [("X-Amzn-Trace-Id", XRAY)],
+    "ottrace": [
+        ("ot-tracer-traceid", TRACE_ID[16:].encode()),
+        ("ot-tracer-spanid", SPAN_ID.encode()),
+        ("ot-tracer-sampled", b"true"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", [str, str.lower, str.upper, str.title])
+@pytest.mark.parametrize("name", list(OF_JAVA))
+def test_names_are_found_and_give_way_whatever_their_case(
+    propagator: Any, name: str, case: Callable[[str], str]
+) -> None:
+    """Through a proxy, or by another language, names come in another case."""
+    (found,) = entry_points(group="opentelemetry_propagator", name=name) or [None]
+    if found is None:
+        pytest.skip("it is not installed")
+    made = found.load()
+    propagator(made() if isinstance(made, type) else made)
+    headers = [(case(key), value) for key, value in OF_JAVA[name]]
+    created = creation_context(headers)
+    assert created is not None
+    assert format_span_id(created.span_id) == SPAN_ID
+    assert format_trace_id(created.trace_id)[16:] == TRACE_ID[16:]
+    current = trace.NonRecordingSpan(
+        trace.SpanContext(2**100 + 1, 1, is_remote=False, trace_flags=TraceFlags(1))
+    )
+    written = inject([("other", b"1"), *headers], EMPTY, current)
+    names = [key.lower() for key, _ in written]
+    assert len(names) == len(set(names))
+    assert names[0] == "other"
+    again = creation_context(written)
+    assert again is not None
+    assert again.span_id == 1
+
+
+def test_the_exact_name_comes_first(propagator: Any) -> None:
+    propagator(B3MultiFormat())
+    headers = [
+        *[("x-b3-traceid", TRACE_ID.encode()), ("x-b3-spanid", SPAN_ID.encode())],
+        *[("X-B3-TraceId", b"1" * 32), ("X-B3-SpanId", b"1" * 16)],
+    ]
+    created = creation_context(headers)
+    assert created is not None
+    assert format_span_id(created.span_id) == SPAN_ID

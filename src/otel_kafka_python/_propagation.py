@@ -55,7 +55,7 @@ class _Known:
     """What is known of the configured propagators; they are slow to ask."""
 
     propagator: TextMapPropagator | None
-    names: frozenset[str]  # of the headers that they write
+    names: frozenset[str]  # of the headers that they write, in lower case
     are_default: bool
 
 
@@ -69,7 +69,7 @@ def _propagators() -> _Known:
         parts = getattr(propagator, "_propagators", ())
         _known = _Known(
             propagator,
-            frozenset(propagator.fields),
+            frozenset(name.lower() for name in propagator.fields),
             type(propagator) is CompositePropagator
             and list(map(type, parts)) == _DEFAULT_PROPAGATORS,
         )
@@ -77,10 +77,19 @@ def _propagators() -> _Known:
 
 
 class _HeaderGetter(Getter[Mapping[str, Any]]):
-    """Reads header values that are UTF-8; any other is as good as absent."""
+    """Reads header values that are UTF-8; any other is as good as absent.
+
+    A name is looked for exactly, and then whatever its case: the propagators of other
+    languages write `X-B3-TraceId` where those of Python write `x-b3-traceid`.
+    """
 
     def get(self, carrier: Mapping[str, Any], key: str) -> list[str] | None:
         value = carrier.get(key)
+        if not value:
+            folded = key.lower()
+            for name, found in carrier.items():
+                if isinstance(name, str) and name.lower() == folded:
+                    value = found or value
         if not value:
             return None
         try:
@@ -201,7 +210,7 @@ def inject(headers: Any, context: Context, span: Span | None = None) -> Any:
         return headers
     if headers is None:
         return written
-    stale = _propagators().names.union(name for name, _ in written)
+    stale = _propagators().names.union(name.lower() for name, _ in written)
     kept = [header for header in headers if _name(header) not in stale]
     if type(headers) is list:
         return kept + written
@@ -220,14 +229,16 @@ def _write(context: Context) -> list[Header]:
 
 def is_propagated(name: str) -> bool:
     """Whether a header of this name is written by the configured propagators."""
-    return name in _propagators().names or name.startswith(_BAGGAGE_PREFIXES)
+    folded = name.lower()
+    return folded in _propagators().names or folded.startswith(_BAGGAGE_PREFIXES)
 
 
 def _name(header: Any) -> str | None:
+    """The name of a header in lower case, or None of what is no header."""
     # The application may pass what is no header at all; that is for
     # kafka-python to say.
     if isinstance(header, tuple) and len(header) == 2:  # noqa: PLR2004 (a pair)
         name, value = header
         if isinstance(name, str) and isinstance(value, bytes):
-            return name
+            return name.lower()
     return None

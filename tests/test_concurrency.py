@@ -6,6 +6,7 @@ Here, too, nothing may be logged and no context left: the fixtures `log` and
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import multiprocessing
 import os
@@ -375,7 +376,12 @@ def work(address: str, topic: str, records: Sequence[Any]) -> Seen:
 
 @forks
 @pytest.mark.parametrize(
-    "method", [pytest.param("fork", marks=needs_fork), pytest.param("spawn")]
+    "method",
+    [
+        pytest.param("fork", marks=needs_fork),
+        pytest.param("forkserver", marks=needs_fork),
+        pytest.param("spawn"),
+    ],
 )
 def test_worker_processes_go_on_with_the_trace_of_the_records_that_they_get(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, method: str
@@ -469,3 +475,33 @@ def test_greenlets_of_gevent_have_each_their_own_current_span(
         *["request"] * 4,
         *[f"send {topic}"] * 4,
     ]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks begin late before 3.12")
+def test_an_eager_task_sends_in_the_span_of_the_body_that_makes_it(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"value")
+    producer = clients.producer()
+
+    async def ship() -> None:
+        producer.send(f"{topic}-next", b"value")
+        await asyncio.sleep(0)
+
+    async def process() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)
+        for _ in clients.consumer():
+            span = trace.get_current_span()
+            task = asyncio.create_task(ship())
+            assert trace.get_current_span() is span
+            break
+        assert trace.get_current_span() is trace.INVALID_SPAN
+        await task
+
+    asyncio.run(process())
+    producer.flush()
+    until_all_have_ended(recorder)
+    sent = recorder.one(f"send {topic}-next")
+    body = recorder.one(f"process {topic}")
+    assert sent.parent == body.context

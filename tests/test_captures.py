@@ -70,13 +70,14 @@ def test_the_size_is_that_of_the_serialised_value(
         assert sizes == [(6, None), (0, None), (None, True)]
 
 
-def test_of_a_batch_it_stands_on_the_links(
+def test_of_a_batch_what_is_the_same_stands_on_the_span_and_the_rest_on_the_links(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     instrument(capture_message_size=True, capture_headers="*")
     producer = clients.producer()
     for value in (b"1", b"22"):
-        producer.send(topic, value, headers=[("value", value)])
+        headers = [("value", value), ("same", b"same")]
+        producer.send(topic, value, key=b"key", headers=headers)
     producer.flush()
     consumer = clients.consumer()
     ((_, records),) = poll(consumer).items()
@@ -90,8 +91,10 @@ def test_of_a_batch_it_stands_on_the_links(
         span = recorder.one(f"{name} {topic}")
         (own,) = attributes_of([span])
         assert SIZE not in own
-        assert headers_of(own) == {}
+        assert headers_of(own) == {"same": ("same",)}
+        assert own["messaging.kafka.message.key"] == "key"
         links = attributes_of(span.links)
+        assert all("messaging.kafka.message.key" not in link for link in links)
         assert [link[SIZE] for link in links] == [1, 2]
         assert [headers_of(link) for link in links] == [
             {"value": ("1",)},

@@ -23,6 +23,10 @@ from otel_kafka_python._semconv import (
     MESSAGING_BATCH_MESSAGE_COUNT,
     MESSAGING_DESTINATION_NAME,
     MESSAGING_DESTINATION_PARTITION_ID,
+    MESSAGING_KAFKA_MESSAGE_KEY,
+    MESSAGING_KAFKA_MESSAGE_TOMBSTONE,
+    MESSAGING_KAFKA_OFFSET,
+    MESSAGING_MESSAGE_BODY_SIZE,
 )
 
 
@@ -77,8 +81,9 @@ def account_for(
 ) -> Sequence[Link]:
     """Describe the messages that a span of a batch accounts for.
 
-    Of a single message, what belongs to it stands on the span; of two or more,
-    on the link to each one's creation context.
+    Of a single message, what belongs to it stands on the span. Of two or more, what is
+    the same for all does, and what differs stands on the link to each one's creation
+    context.
 
     Args:
         config: The settings.
@@ -93,7 +98,38 @@ def account_for(
     attributes[MESSAGING_BATCH_MESSAGE_COUNT] = len(records)
     if len(records) == 1:
         describe(config, records[0], attributes)
-    return Links(config, records, topic, partition)
+        return Links(config, records, topic, partition)
+    common = _common(config, records)
+    attributes.update(common)
+    return Links(config, records, topic, partition, common)
+
+
+def _common(config: Config, records: Sequence[Record]) -> Attributes:
+    """What is the same for all of these messages."""
+    common: Attributes = {}
+    first = records[0]
+    describe(config, first, common)
+    common.pop(MESSAGING_KAFKA_OFFSET, None)
+    # By the fields, up to the first that differs, which takes no call.
+    for record in records:
+        if record.key != first.key:
+            common.pop(MESSAGING_KAFKA_MESSAGE_KEY, None)
+            break
+    for record in records:
+        if record.serialized_value_size != first.serialized_value_size:
+            common.pop(MESSAGING_KAFKA_MESSAGE_TOMBSTONE, None)
+            common.pop(MESSAGING_MESSAGE_BODY_SIZE, None)
+            break
+    if config.capture_headers:
+        names = captured_headers(config, first.headers)
+        for record in records:
+            found = captured_headers(config, record.headers)
+            names = {k: v for k, v in names.items() if found.get(k) == v}
+            if not names:
+                break
+        for name in captured_headers(config, first.headers).keys() - names:
+            del common[name]
+    return common
 
 
 class Links(Sequence[Link]):
@@ -106,9 +142,10 @@ class Links(Sequence[Link]):
         records: The records, at least one.
         topic: The topic that they share, or None.
         partition: The partition that they share, or None.
+        common: What their span says of all of them.
     """
 
-    __slots__ = ("_config", "_made", "_partition", "_records", "_topic")
+    __slots__ = ("_common", "_config", "_made", "_partition", "_records", "_topic")
 
     def __init__(
         self,
@@ -116,8 +153,10 @@ class Links(Sequence[Link]):
         records: Sequence[Record],
         topic: str | None,
         partition: int | None,
+        common: Collection[str] = (),
     ) -> None:
         self._config = config
+        self._common = common
         self._records = records
         self._topic = topic
         self._partition = partition
@@ -165,6 +204,8 @@ class Links(Sequence[Link]):
     def _about(self, record: Record) -> Attributes:
         about: Attributes = {}
         describe(self._config, record, about)
+        for name in self._common:
+            about.pop(name, None)
         if self._topic is None:
             about[MESSAGING_DESTINATION_NAME] = record.topic
         if self._partition is None:

@@ -444,3 +444,18 @@ print(is_patched("send"), instrumentor.is_instrumented_by_opentelemetry)
     )
     assert done.stdout == "['function'] False\n", done.stderr
     assert done.stderr.startswith("Failed to instrument kafka-python")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 15), reason="new in 3.15")
+def test_a_lazy_import_is_patched_when_it_is_used() -> None:
+    done = run(
+        """
+        import sys
+        from otel_kafka_python import KafkaPythonInstrumentor
+        KafkaPythonInstrumentor().instrument()
+        lazy from kafka import KafkaProducer
+        assert "kafka" not in sys.modules
+        assert hasattr(KafkaProducer.send, "__wrapped__")
+        """
+    )
+    assert done.returncode == 0, done.stderr

@@ -459,3 +459,20 @@ def test_a_lazy_import_is_patched_when_it_is_used() -> None:
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_frozen_application_without_metadata_is_instrumented() -> None:
+    done = run(
+        """
+        import importlib.metadata as metadata
+        import opentelemetry.instrumentation.dependencies as dependencies
+        def version(name):
+            raise metadata.PackageNotFoundError(name)
+        dependencies.version = version
+        from otel_kafka_python import KafkaPythonInstrumentor
+        KafkaPythonInstrumentor().instrument()
+        import kafka
+        print(type(vars(kafka.KafkaProducer)["send"]).__name__)
+        """
+    )
+    assert (done.stdout, done.stderr) == ("FunctionWrapper\n", "")

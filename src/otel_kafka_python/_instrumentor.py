@@ -6,6 +6,7 @@ import atexit
 from collections.abc import Collection, Iterable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from opentelemetry._logs import LoggerProvider
@@ -55,7 +56,11 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
 
     def _check_dependency_conflicts(self) -> DependencyConflict | None:
         # As the launcher does: what is logged names every supported distribution.
-        return get_dependency_conflicts((), _instruments_any)
+        conflict = get_dependency_conflicts((), _instruments_any)
+        # A frozen application may have the package without its metadata.
+        if conflict is not None and not conflict.found_any and _is_importable("kafka"):
+            return None
+        return conflict
 
     def instrument(
         self,
@@ -224,6 +229,14 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         process_span.use(None)
         _patches.revert(self._layers)
         self._layers = []
+
+
+def _is_importable(name: str) -> bool:
+    """Whether there is such a package; it is not imported."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def take_over() -> None:

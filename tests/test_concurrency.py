@@ -490,7 +490,7 @@ def test_an_eager_task_sends_in_the_span_of_the_body_that_makes_it(
 
     async def process() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_task_factory(asyncio.eager_task_factory)
+        loop.set_task_factory(vars(asyncio)["eager_task_factory"])
         for _ in clients.consumer():
             span = trace.get_current_span()
             task = asyncio.create_task(ship())

@@ -198,7 +198,7 @@ def test_the_span_of_a_record_holds_its_transaction(broker: Any) -> None:
         assert sorted(span.name for span in within) == [
             "commit_transaction",
             "send exactly-once-invoices",
-            "send_offsets_to_transaction",
+            "send_offsets_to_transaction exactly-once-orders",
         ]
     assert len(spans) == 10
 

@@ -194,12 +194,17 @@ class HandWritten:
             "network.peer.address": self.host,
             "network.peer.port": self.port,
         }
+        # What is the same for all messages stands on the span.
+        key = records[0].key
+        is_shared = all(record.key == key for record in records)
+        if is_shared and key is not None:
+            attributes["messaging.kafka.message.key"] = key.decode()
         links = []
         for record in records[-128:]:
             extracted = propagate.extract(dict(record.headers), getter=GETTER)
             created = trace.get_current_span(extracted).get_span_context()
             about: dict[str, Any] = {"messaging.kafka.offset": record.offset}
-            if record.key is not None:
+            if record.key is not None and not is_shared:
                 about["messaging.kafka.message.key"] = record.key.decode()
             if len(records) == 1:
                 attributes.update(about)

@@ -185,6 +185,7 @@ def test_every_name_is_one_of_the_convention() -> None:
     assert ours - known - metrics == {
         _semconv.SCHEMA_URL,
         _semconv.OUTCOME_UNKNOWN,
+        _semconv.ERROR_OTHER,
         # Our own, named after the Java agent's.
         _semconv.MESSAGING_HEADER_PREFIX,
         _semconv.KAFKA_RECORD_QUEUE_TIME,

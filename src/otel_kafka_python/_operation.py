@@ -148,22 +148,34 @@ class Operation(Endable):
         Args:
             error: The exception, or None if nobody will ever know the outcome.
         """
-        if self.process is not _endings.process:
+        if error is None:
+            self.fail_as(OUTCOME_UNKNOWN, "the outcome is unknown")
             return
         try:
-            self.error_type = (
-                OUTCOME_UNKNOWN if error is None else _kafka.error_type(error)
-            )
-            span = self.span
-            if span is not None and span.is_recording():
-                said = "the outcome is unknown" if error is None else text_of(error)
-                span.set_attributes(error_attributes(self.error_type))
-                span.set_status(Status(StatusCode.ERROR, said))
+            self.fail_as(_kafka.error_type(error), text_of(error))
             # What interrupts an operation, to end the application say, is no failure
             # that anyone wants to look into.
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and self.process is _endings.process:
                 template = self.template
-                template.exceptions.record(span, template.event_type, error)
+                template.exceptions.record(self.span, template.event_type, error)
+        except Exception:
+            report("record an error")
+
+    def fail_as(self, error_type: str, said: str) -> None:
+        """Record that the operation fails, without an exception.
+
+        Args:
+            error_type: Its `error.type`.
+            said: The description of its status.
+        """
+        if self.process is not _endings.process:
+            return
+        self.error_type = error_type
+        try:
+            span = self.span
+            if span is not None and span.is_recording():
+                span.set_attributes(error_attributes(error_type))
+                span.set_status(Status(StatusCode.ERROR, said))
         except Exception:
             report("record an error")
 

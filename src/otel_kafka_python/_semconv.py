@@ -25,6 +25,7 @@ from opentelemetry.semconv.attributes.server_attributes import (
 
 __all__ = [
     "DURATION_BUCKETS",
+    "ERROR_OTHER",
     "ERROR_TYPE",
     "EXCEPTION_MESSAGE",
     "EXCEPTION_STACKTRACE",
@@ -94,6 +95,9 @@ QUEUE_TIME_BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
     60.0, 300.0, 1800.0, 7200.0, 43200.0, 86400.0,
 )  # fmt: skip
+
+# The convention's value of `error.type` for an error that is not known.
+ERROR_OTHER: Final = "_OTHER"
 
 # Our own value of `error.type`: the future was dropped, or the interpreter left,
 # before the broker had answered.

@@ -13,7 +13,13 @@ from opentelemetry import context as otel_context
 
 from otel_kafka_python import _endings
 from otel_kafka_python._messages import Record
-from otel_kafka_python._processing.loops import Asker, asker_at, is_loop
+from otel_kafka_python._processing.loops import (
+    Asker,
+    asker_at,
+    failure,
+    is_loop,
+    references_to_stops,
+)
 from otel_kafka_python._processing.scopes import (
     Scope,
     context_for_left,
@@ -31,13 +37,14 @@ class ScopedIterator:
     the loop is noticed.
     """
 
-    __slots__ = ("_asked_at", "_asked_in", "_asker", "_scope")
+    __slots__ = ("_asked_at", "_asked_in", "_asker", "_scope", "_stops")
 
     def __init__(self) -> None:
         self._scope: Scope | None = None
         self._asked_in: CodeType | None = None
         self._asked_at = -1
         self._asker = Asker.OTHER
+        self._stops = 0
 
     def __iter__(self) -> Iterator[Record]:
         return self
@@ -71,6 +78,7 @@ class ScopedIterator:
         if code is not self._asked_in or offset != self._asked_at:
             self._asked_in, self._asked_at = code, offset
             self._asker = asker_at(code, code.co_filename, offset)
+            self._stops = references_to_stops()
         if self._asker is Asker.LOOP:
             return True
         return self._asker is Asker.GENERATOR and is_loop(frame.f_back)
@@ -86,7 +94,19 @@ class ScopedIterator:
     def __del__(self) -> None:
         scope = getattr(self, "_scope", None)  # a copy may lack it
         if scope is not None:
-            scope.drop(collected=_endings.is_collecting())
+            collected = _endings.is_collecting()
+            if not collected:
+                self._fail(scope, sys._getframe().f_back)
+            scope.drop(collected=collected)
+
+    def _fail(self, scope: Scope, frame: FrameType | None) -> None:
+        """Fail with the exception that ends the loop, if one does."""
+        try:
+            failed = failure(frame, self._asked_in, self._asker, self._stops)
+            if failed is not None:
+                scope.fail_with_loop(failed.error)
+        except Exception:
+            report("see how a loop ended")
 
 
 class Records(list[Record]):

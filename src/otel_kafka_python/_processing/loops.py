@@ -1,4 +1,4 @@
-"""Whether a `for` statement is asking for the next record.
+"""Whether a `for` statement is asking for the next record, and how it ended.
 
 A pull API has no callback: only the loop that asks for the next record shows
 how long the one before it was being processed. An iterator is asked in many
@@ -8,11 +8,18 @@ the iterator looks at the instruction that asks it, in the frame that calls it.
 
 The answer needs CPython's bytecode. It is tried on a few shapes of loops before
 it is believed; where it cannot be had, no loop is seen.
+
+When an exception leaves a loop's body, CPython drops the loop's iterator before
+any `except` is reached. The exception is in nobody's hands then, but it has just
+left two traces among the youngest objects of the garbage collector: an entry of
+its traceback, which names the frame and the instruction, and, from Python 3.12 on,
+itself with that traceback. Nothing is claimed without the first.
 """
 
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import os
 import sys
@@ -21,7 +28,8 @@ from contextlib import suppress
 from enum import Enum, auto
 from functools import cache, lru_cache
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
+from typing import NamedTuple
 
 from otel_kafka_python._safety import raise_signalled
 
@@ -36,6 +44,21 @@ _APPENDS = frozenset(
 _LOOP_ENDS = frozenset(
     {"JUMP_BACKWARD", "END_FOR", "POP_ITER", "END_ASYNC_FOR", "NOP", "EXTENDED_ARG"}
 )
+
+# What ends a loop and raises nothing; to look no further saves the search.
+_QUIET = frozenset({"FOR_ITER", "POP_ITER", "POP_TOP", "END_FOR"})
+# These raise what was raised before, mostly without a new entry in its traceback.
+_RERAISES = frozenset({"RERAISE", "CLEANUP_THROW", "END_ASYNC_FOR"})
+_RAISES = _RERAISES | {"RAISE_VARARGS"}
+# These drop an iterator that stands in a variable, and a jump is where an interrupt
+# may be raised.
+_DROPS = ("STORE", "DELETE", "JUMP")
+# Where a generator or a coroutine waits, and what is thrown into it is raised.
+# On 3.10 one that waits for another stands at the LOAD_CONST before its YIELD_FROM.
+_WAITS = _YIELDS | {"RESUME", "JUMP_BACKWARD_NO_INTERRUPT", "LOAD_CONST"}
+# More young objects than these are not searched: with the garbage collector
+# disabled all objects are young.
+_MOST_YOUNG = 25_000
 
 _STANDARD_LIBRARY = str(Path(dis.__file__).parent) + os.sep
 _THIRD_PARTY = ("site-packages", "dist-packages")
@@ -213,3 +236,251 @@ def _try_others() -> list[bool]:
             eval(unpacking, {"it": probe})  # noqa: S307 (it is one of these)
             probes.append(probe)
     return [answer for probe in probes for answer in probe.answers]
+
+
+class Failure(NamedTuple):
+    """An exception ended a loop.
+
+    Args:
+        error: The exception, or None if it cannot be told.
+    """
+
+    error: Exception | None
+
+
+def failure(
+    frame: FrameType | None, asked_in: CodeType | None, asker: Asker, stops: int
+) -> Failure | None:
+    """Say whether an exception is ending a loop, whose iterator is being dropped.
+
+    A loop that is left in another way has not failed, and neither has one that
+    KeyboardInterrupt, SystemExit or another exception ends that is no `Exception`.
+
+    Args:
+        frame: The frame in which the iterator is dropped.
+        asked_in: The code that asked for the last item.
+        asker: What asked for it.
+        stops: What `references_to_stops` gave when the loop began.
+
+    Returns:
+        The failure, or None if there is none or that is not certain.
+    """
+    if asker is Asker.GENERATOR:
+        # A generator that is closed, because the loop over it ends, comes first.
+        while frame is not None and _may_be_closing(frame):
+            found = _failure_in(frame, stops)
+            if found is not None:
+                return found
+            frame = frame.f_back
+    elif frame is not None and frame.f_code is not asked_in:
+        return None
+    return None if frame is None else _failure_in(frame, stops)
+
+
+def references_to_stops() -> int:
+    """How many references there are to the exceptions that stop a program.
+
+    Up to Python 3.11 they cannot be found while they are raised, but they hold their
+    class: there is one reference more. Later the classes are immortal.
+    """
+    if sys.version_info >= (3, 12):
+        return 0
+    return sys.getrefcount(KeyboardInterrupt) + sys.getrefcount(SystemExit)
+
+
+def _may_be_closing(frame: FrameType) -> bool:
+    code = frame.f_code
+    if not code.co_flags & inspect.CO_GENERATOR:
+        return False
+    opname = _opname(code, frame.f_lasti)
+    return opname not in _QUIET and not opname.startswith(_DROPS)
+
+
+@lru_cache(maxsize=1024)
+def _opname(code: CodeType, offset: int) -> str:
+    """The name of an instruction; RERAISE for a `raise` of nothing new."""
+    instructions = list(dis.get_instructions(code))
+    instruction = instructions[_index_of(instructions, offset)]
+    if instruction.opname == "RAISE_VARARGS" and not instruction.arg:
+        return "RERAISE"
+    return instruction.opname
+
+
+def _failure_in(frame: FrameType, stops: int) -> Failure | None:
+    """Say whether an exception is leaving a frame, or a block of it."""
+    opname = _opname(frame.f_code, frame.f_lasti)
+    if opname in _QUIET:
+        return None
+    traces = _Traces([], [])
+    fitting: list[BaseException] = []
+    names = _trial().names
+    if _is_searchable():
+        traces = _search(frame, 0)
+        if not (_fitting(traces, frame, opname) if names else traces.entries):
+            traces = _search_older(frame, traces)
+        fitting = _fitting(traces, frame, opname)
+        # Without a trace a collection may just have made a clean stop still older.
+        is_raised = bool(traces.entries or fitting) or (
+            opname in _RAISES and gc.get_count()[1] > 0
+        )
+    else:
+        is_raised = opname not in _WAITS and not opname.startswith(_DROPS)
+    is_told = len(fitting) == 1 and (names or opname in _RERAISES)
+    if is_told or (names and fitting):
+        might_be = fitting
+    else:
+        # A closed generator leaves its GeneratorExit behind.
+        might_be = [e for e in traces.exceptions if type(e) is not GeneratorExit]
+    if (
+        not is_raised
+        or not all(isinstance(error, Exception) for error in might_be)
+        or references_to_stops() > stops
+        or (not is_told and traces.entries and _is_thrown_in(traces.entries[-1]))
+    ):
+        return None
+    error = might_be[0] if is_told and names else None
+    return Failure(error if isinstance(error, Exception) else None)
+
+
+class _Traces(NamedTuple):
+    """What exceptions have left among the youngest objects, the oldest first.
+
+    Args:
+        entries: The entries of tracebacks that are of a frame's last instruction.
+        exceptions: All exceptions.
+    """
+
+    entries: list[TracebackType]
+    exceptions: list[BaseException]
+
+
+def _fitting(traces: _Traces, frame: FrameType, opname: str) -> list[BaseException]:
+    """The exceptions that may be what is leaving a frame."""
+    if opname in _RERAISES:
+        return [
+            each
+            for each in traces.exceptions
+            if each.__traceback__ is not None and each.__traceback__.tb_frame is frame
+        ]
+    # An exception that has been kept may be of the same place.
+    entry = traces.entries[-1] if traces.entries else None
+    return [each for each in traces.exceptions if entry and each.__traceback__ is entry]
+
+
+def _search_older(frame: FrameType, younger: _Traces) -> _Traces:
+    """Search what a collection that has just run has made older, too."""
+    # So many objects can have been made since the second generation's last one.
+    if gc.get_threshold()[0] * gc.get_count()[1] > _MOST_YOUNG:
+        return younger
+    older = _search(frame, 1)
+    return _Traces(
+        older.entries + younger.entries, older.exceptions + younger.exceptions
+    )
+
+
+def _search(frame: FrameType, generation: int) -> _Traces:
+    offset = frame.f_lasti
+    entries: list[TracebackType] = []
+    exceptions: list[BaseException] = []
+    for each in gc.get_objects(generation):
+        # Never `isinstance`, which asks proxies for their class.
+        kind = type(each)
+        if kind is TracebackType:
+            if each.tb_frame is frame and each.tb_lasti == offset:
+                entries.append(each)
+        elif issubclass(kind, BaseException):
+            exceptions.append(each)
+    return _Traces(entries, exceptions)
+
+
+def _is_thrown_in(traceback: TracebackType) -> bool:
+    """Whether nothing written in Python raised it, but who threw it where one waits.
+
+    That is how generators are closed and tasks are cancelled.
+    """
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    return _opname(code, traceback.tb_lasti) in _WAITS
+
+
+def _is_searchable() -> bool:
+    """Whether the youngest objects can be searched now, and soon."""
+    # A free-threaded build has no generations: it would list all objects.
+    return (
+        "free-threading" not in sys.version
+        and gc.get_count()[0] < _MOST_YOUNG
+        and _trial().finds
+    )
+
+
+class _Trial(NamedTuple):
+    # Whether the entry of a traceback is found, and whether the exception is.
+    finds: bool
+    names: bool
+
+
+class _Dropped:
+    """An iterator that notes what is found when it is dropped."""
+
+    def __init__(self, found: list[tuple[int, list[int]]]) -> None:
+        self._found = found
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        return 1
+
+    def __del__(self) -> None:
+        frame = sys._getframe(1)
+        traces = _search(frame, 0)
+        fitting = _fitting(traces, frame, _opname(frame.f_code, frame.f_lasti))
+        self._found.append((len(traces.entries), [id(error) for error in fitting]))
+
+
+@cache
+def _trial() -> _Trial:
+    """What this interpreter's garbage collector shows, found out by trying."""
+    # A collection in the midst of a try spoils it.
+    tried = [_try_endings() for _ in range(3)]
+    return _Trial(*map(any, zip(*tried, strict=True)))
+
+
+def _try_endings() -> _Trial:
+    found: list[tuple[int, list[int]]] = []
+    errors: list[Exception] = []  # kept, as a program may
+    for fail in (_raise, _fail_in_call, _raise_again):
+        try:
+            fail(found)
+        except (ValueError, TypeError) as error:  # noqa: PERF203 (there are three)
+            errors.append(error)
+    _leave(found)
+    return _Trial(
+        finds=[entries for entries, _ in found] == [1, 1, 0, 0],
+        names=[fitting for _, fitting in found] == [*([id(e)] for e in errors), []],
+    )
+
+
+def _leave(found: list[tuple[int, list[int]]]) -> None:
+    for _ in _Dropped(found):
+        break
+
+
+def _raise(found: list[tuple[int, list[int]]]) -> None:
+    for _ in _Dropped(found):
+        raise ValueError
+
+
+def _fail_in_call(found: list[tuple[int, list[int]]]) -> None:
+    for _ in _Dropped(found):
+        int("x")
+
+
+def _raise_again(found: list[tuple[int, list[int]]]) -> None:
+    for _ in _Dropped(found):
+        try:
+            int([])  # type: ignore[call-overload]  # it is to fail
+        except TypeError:  # noqa: PERF203 (there is one round)
+            str(found)
+            raise

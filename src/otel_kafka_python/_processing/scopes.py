@@ -34,6 +34,7 @@ from otel_kafka_python._messages import Record
 from otel_kafka_python._operation import Operation
 from otel_kafka_python._propagation import SPAN_KEY, creation_context
 from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import ERROR_OTHER
 
 # Whether a thread begins with a copy of the context that it is started in.
 THREADS_INHERIT = bool(getattr(sys.flags, "thread_inherit_context", False))
@@ -279,6 +280,18 @@ class Scope(Operation):
         if self._failed_with != id(error):
             self._failed_with = id(error)
             self.fail(error)
+
+    def fail_with_loop(self, error: Exception | None) -> None:
+        """Fail with the exception that ends its loop.
+
+        Args:
+            error: The exception, or None if it cannot be told: a `process_span` in
+                the body may have seen it.
+        """
+        if error is not None:
+            self.fail_with(error)
+        elif self.error_type is None:
+            self.fail_as(ERROR_OTHER, "an exception ended the loop")
 
 
 def detach_left() -> Scope | None:

@@ -1,0 +1,523 @@
+"""A loop whose body raises: what its last process span and the metric say."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from opentelemetry.trace import StatusCode
+from tqdm import tqdm
+
+from clients import Clients, poll
+from otel_kafka_python import process_span
+from otel_kafka_python._processing import loops
+from recorder import Log, Recorder
+
+NAMES = sys.version_info >= (3, 12)
+
+
+class Failed(Exception):  # noqa: N818 (it is what it is)
+    """What a body raises."""
+
+
+def polled(clients: Clients) -> Any:
+    ((_, records),) = poll(clients.consumer()).items()
+    return records
+
+
+def valid(clients: Clients) -> Generator[Any, None, None]:
+    for record in clients.consumer():
+        yield record
+
+
+def careful(clients: Clients) -> Generator[Any, None, None]:
+    try:
+        yield from valid(clients)
+    finally:
+        str(clients)
+
+
+def tidy(clients: Clients) -> Iterator[Any]:
+    for record in clients.consumer():
+        try:
+            yield record
+        finally:
+            str(clients)
+
+
+SOURCES: dict[str, Callable[[Clients], Any]] = {
+    "consumer": lambda clients: clients.consumer(),
+    "polled": polled,
+    "reversed": lambda clients: reversed(polled(clients)),
+    "enumerate": lambda clients: enumerate(clients.consumer()),
+    "zip": lambda clients: zip(clients.consumer(), range(9), strict=False),
+    "tqdm": lambda clients: tqdm(clients.consumer(), disable=None),
+    "generator": valid,
+    "generators": careful,
+    "generator with a try": tidy,
+    "generator expression": lambda clients: (r for r in clients.consumer()),
+}
+
+
+def check_failed(recorder: Recorder, topic: str, error: Exception) -> None:
+    """The only process span, and its measurement, have failed so."""
+    span = recorder.one(f"process {topic}")
+    assert span.status.status_code is StatusCode.ERROR
+    kind = type(error).__qualname__ if NAMES else "_OTHER"
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == kind
+    assert recorder.count("messaging.process.duration", error_type=kind) == 1
+    events = [event.attributes for event in span.events]
+    if NAMES:
+        assert span.status.description == str(error)
+        assert [each["exception.message"] for each in events if each] == [str(error)]
+    else:
+        assert not events
+
+
+def check_not_failed(recorder: Recorder, topic: str) -> None:
+    span = recorder.one(f"process {topic}")
+    assert span.status.status_code is StatusCode.UNSET
+    assert "error.type" not in (span.attributes or {})
+    assert not span.events
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_an_exception_that_ends_a_loop_is_its_spans(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    source: Callable[[Clients], Any],
+) -> None:
+    clients.send(b"1")
+    with pytest.raises(Failed) as raised:
+        for _ in source(clients):
+            raise Failed("too bad")
+    check_failed(recorder, topic, raised.value)
+
+
+def test_an_old_exception_that_is_raised_again_is_an_error_like_any_other(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """It is not among the youngest objects: the scan is of these alone."""
+    clients.send(b"1")
+    error = Failed("old")
+    gc.collect()
+    with pytest.raises(Failed) as raised:
+        for _ in clients.consumer():
+            raise error
+    assert raised.value is error
+    span = recorder.one(f"process {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "_OTHER"
+    assert span.status.status_code is StatusCode.ERROR
+
+
+def fail_in_call(clients: Clients) -> None:
+    for _ in clients.consumer():
+        int("x")
+
+
+def fail_in_subscript(clients: Clients) -> None:
+    for _ in clients.consumer():
+        dict[str, str]()["key"]
+
+
+def fail_again(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            int("x")
+        except ValueError:  # noqa: TRY203 (that is what is tested)
+            raise
+
+
+def fail_for_another(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            int("x")
+        except ValueError as error:
+            raise KeyError("x") from error
+
+
+def fail_in_with(clients: Clients) -> None:
+    for _ in clients.consumer():
+        with suppress(KeyError):
+            int("x")
+
+
+def fail_in_finally(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            int("x")
+        finally:
+            str(clients)
+
+
+def fail_in_module(clients: Clients) -> None:
+    exec("for _ in consumer: int('x')", {"consumer": clients.consumer()})
+
+
+def fail_in_class(clients: Clients) -> None:
+    class _Body:
+        for _ in clients.consumer():
+            int("x")
+
+
+def fail_in_coroutine(clients: Clients) -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        int("x")
+
+    async def run() -> None:
+        for _ in clients.consumer():
+            await asyncio.sleep(0)
+            await asyncio.create_task(fail())
+
+    asyncio.run(run())
+
+
+def fail_in_inner_loop(clients: Clients) -> None:
+    for _ in clients.consumer():
+        for text in "1x":
+            int(text)
+
+
+def fail_in_generator(clients: Clients) -> None:
+    def parsed() -> Iterator[int]:
+        for _ in clients.consumer():
+            yield 1
+            int("x")
+
+    for _ in parsed():
+        pass
+
+
+def fail_while_traced(clients: Clients) -> None:
+    before = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        fail_in_call(clients)
+    finally:
+        sys.settrace(before)
+
+
+FAILURES = [
+    fail_in_call, fail_in_subscript, fail_again, fail_for_another, fail_in_with,
+    fail_in_finally, fail_in_module, fail_in_class, fail_in_coroutine,
+    fail_in_inner_loop, fail_in_generator, fail_while_traced,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+def test_however_a_body_fails_its_span_says_so(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    fail: Callable[[Clients], None],
+) -> None:
+    clients.send(b"1")
+    with pytest.raises((ValueError, KeyError)) as raised:
+        fail(clients)
+    check_failed(recorder, topic, raised.value)
+
+
+def leave_by_break(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            int("x")
+        except ValueError:
+            break
+
+
+def leave_by_return(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            int("x")
+        finally:
+            return  # noqa: B012 (it swallows)
+
+
+def leave_by_end(clients: Clients) -> None:
+    for _ in clients.finite(1):
+        with suppress(ValueError):
+            int("x")
+
+
+def leave_by_time_out(clients: Clients) -> None:
+    for _ in clients.consumer(consumer_timeout_ms=3000):
+        pass
+
+
+def leave_by_close(clients: Clients) -> None:
+    consumer = clients.consumer()
+    for _ in consumer:
+        consumer.close()
+
+
+def leave_by_system_exit(clients: Clients) -> None:
+    for _ in clients.consumer():
+        sys.exit(3)
+
+
+def leave_by_raised_system_exit(clients: Clients) -> None:
+    for _ in valid(clients):
+        raise SystemExit
+
+
+def leave_by_interrupt(clients: Clients) -> None:
+    for _ in clients.consumer():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+
+def leave_by_cancellation(clients: Clients) -> None:
+    async def loop() -> None:
+        for _ in clients.consumer():
+            await asyncio.sleep(60)
+
+    async def run() -> None:
+        task = asyncio.create_task(loop())
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    asyncio.run(run())
+
+
+def leave_by_closing_a_coroutine(clients: Clients) -> None:
+    async def loop() -> None:
+        for _ in clients.consumer():
+            await asyncio.sleep(0)
+
+    coroutine = loop()
+    coroutine.send(None)
+    coroutine.close()
+
+
+def leave_by_closing_a_generator(clients: Clients) -> None:
+    generator = careful(clients)
+    for _ in generator:
+        break
+    generator.close()
+
+
+def leave_a_variable(clients: Clients) -> None:
+    iterator = iter(clients.consumer())
+    with suppress(ValueError):
+        for _ in iterator:
+            int("x")
+    del iterator
+
+
+def leave_a_cleared_container(clients: Clients) -> None:
+    kept = {"iterator": iter(clients.consumer())}
+    for _ in kept["iterator"]:
+        break
+    kept.clear()
+
+
+def leave_in_another_function(clients: Clients) -> None:
+    kept = [iter(clients.consumer())]
+    for _ in kept[0]:
+        break
+
+    def lose() -> Any:
+        return kept.pop(), int("x")
+
+    with suppress(ValueError):
+        lose()
+
+
+LEAVINGS = [
+    leave_by_break, leave_by_return, leave_by_end, leave_by_time_out, leave_by_close,
+    leave_by_system_exit, leave_by_raised_system_exit, leave_by_interrupt,
+    leave_by_cancellation, leave_by_closing_a_coroutine, leave_by_closing_a_generator,
+    leave_a_variable, leave_a_cleared_container, leave_in_another_function,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("leave", LEAVINGS)
+def test_what_is_no_failure_of_the_body_is_no_error(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    leave: Callable[[Clients], None],
+) -> None:
+    clients.send(b"1")
+    with suppress(SystemExit, KeyboardInterrupt, asyncio.CancelledError):
+        leave(clients)
+    gc.collect()
+    check_not_failed(recorder, topic)
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_an_exception_that_process_span_has_seen_is_recorded_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, caught: bool
+) -> None:
+    clients.send(b"1")
+    try:
+        for record in clients.consumer():
+            try:
+                with process_span(record):
+                    raise Failed("once")
+            except Failed:
+                if not caught:
+                    raise
+                break
+    except Failed:
+        pass
+    span = recorder.one(f"process {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "Failed"
+    assert [event.name for event in span.events] == ["exception"]
+
+
+def test_nothing_of_a_failed_loop_is_kept(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    class Local:
+        pass
+
+    clients.send(b"1")
+    local = Local()
+    kept: list[weakref.ref[Any]] = [weakref.ref(local)]
+
+    def fail(local: Local) -> None:
+        for _ in clients.consumer():
+            raise Failed(local)
+
+    gc.disable()  # references alone are to let it go
+    try:
+        try:
+            fail(local)
+        except Failed as error:
+            kept.append(weakref.ref(error))
+        del local
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
+    assert recorder.one(f"process {topic}").status.status_code is StatusCode.ERROR
+
+
+def test_the_iterator_is_not_kept_by_the_exception(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    try:
+        for _ in clients.consumer():
+            raise Failed
+    except Failed:
+        # Already, while the exception is being handled.
+        assert not recorder.open()
+    assert recorder.one(f"process {topic}").status.status_code is StatusCode.ERROR
+
+
+def collector_disabled() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def collector_frozen() -> Iterator[None]:
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def heap_large() -> Iterator[None]:
+    kept = [[] for _ in range(100_000)]  # type: ignore[var-annotated]
+    gc.disable()
+    kept += [[] for _ in range(100_000)]
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("around", [collector_disabled, collector_frozen, heap_large])
+def test_whatever_the_collector_does_the_answer_is_right_or_other(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    around: Callable[[], Iterator[None]],
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer()
+    state = around()
+    next(state)
+    try:
+        for _ in consumer:
+            raise Failed
+    except Failed:
+        pass
+    finally:
+        next(state, None)
+    span = recorder.one(f"process {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] in ("Failed", "_OTHER")
+    assert span.status.status_code is StatusCode.ERROR
+
+
+def test_a_kept_exception_is_not_taken_for_the_one_that_ends_the_loop(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"0", b"1", b"2")
+    consumer = clients.consumer()
+    kept = []
+    for number in range(3):
+        try:
+            for _ in consumer:
+                raise Failed(number)
+        except Failed as error:
+            kept.append(error)
+    spans = recorder.named(f"process {topic}")
+    said = [span.status.description for span in spans]
+    assert said == (["0", "1", "2"] if NAMES else ["an exception ended the loop"] * 3)
+
+
+def test_where_nothing_can_be_found_an_error_is_other(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loops, "_is_searchable", lambda: False)
+    clients.send(b"1")
+    with suppress(ValueError):
+        fail_in_call(clients)
+    span = recorder.one(f"process {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "_OTHER"
+
+
+def test_what_fails_in_looking_for_it_is_logged_and_changes_nothing(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log: Log,
+) -> None:
+    def fail(frame: Any, generation: int) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(loops, "_search", fail)
+    clients.send(b"1")
+    with pytest.raises(ValueError):
+        fail_in_call(clients)
+    check_not_failed(recorder, topic)
+    (message,) = log.take()
+    assert "see how a loop ended" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import pickle
@@ -351,6 +352,43 @@ def test_a_deserialisers_error_is_seen_and_raised(
     assert recorder.count(
         "messaging.client.operation.duration", error_type="JSONDecodeError"
     ) == 1  # fmt: skip
+    assert current_name() is None
+
+
+class Exit(BaseException):
+    """As GreenletExit is."""
+
+
+STOPS = [KeyboardInterrupt, SystemExit, asyncio.CancelledError, Exit]
+
+
+@pytest.mark.parametrize("way", ["poll", "next", "loop"])
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stop_of_the_application_is_no_failure_of_a_poll(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    way: str,
+    stop: type[BaseException],
+) -> None:
+    def interrupt(_: bytes) -> None:
+        raise stop
+
+    clients.send(b"1")
+    consumer = clients.consumer(value_deserializer=interrupt)
+    with pytest.raises(stop):
+        if way == "poll":
+            poll(consumer)
+        elif way == "next":
+            next(consumer)
+        else:
+            for _ in consumer:
+                pass
+    assert recorder.names() == [f"send {topic}"]
+    assert recorder.open() == []
+    duration = "messaging.client.operation.duration"
+    assert recorder.count(duration, messaging_operation_name="poll") == 0
     assert current_name() is None
 
 

@@ -361,6 +361,26 @@ def test_a_generator_that_is_closed_has_not_failed(
     assert recorder.one(f"process {topic}").status.status_code is StatusCode.UNSET
 
 
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt, SystemExit, asyncio.CancelledError]
+)
+def test_a_clean_stop_in_it_is_no_failure(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    stop: type[BaseException],
+) -> None:
+    record = one_of(clients)
+    with pytest.raises(stop), process_span(record):
+        raise stop
+    span = recorder.one(f"process {topic}")
+    assert span.status.status_code is StatusCode.UNSET
+    assert "error.type" not in attributes_of([span])[0]
+    assert span.events == ()
+    assert recorder.count("messaging.process.duration") == 1
+
+
 def no_record(topic: str) -> Any:
     """A record without an offset's neighbours."""
     return SimpleNamespace(offset=1, topic=topic)

@@ -52,7 +52,7 @@ class ConsumerWrappers:
         started = time.time_ns(), time.monotonic_ns()
         try:
             polled = wrapped(*args, **kwargs)
-        except BaseException as error:
+        except Exception as error:
             self.fail(instance, client, started, error)
             raise
         try:
@@ -78,7 +78,7 @@ class ConsumerWrappers:
             record = wrapped(*args, **kwargs)
         except StopIteration:
             raise
-        except BaseException as error:
+        except Exception as error:
             self.fail(instance, client, started, error)
             raise
         finally:
@@ -124,9 +124,13 @@ class ConsumerWrappers:
         return None
 
     def fail(
-        self, consumer: Any, client: TracedClient, started: Moment, error: BaseException
+        self, consumer: Any, client: TracedClient, started: Moment, error: Exception
     ) -> None:
-        """Trace a poll, a `next` or a step of an iteration that raised."""
+        """Trace a poll, a `next` or a step of an iteration that raised.
+
+        What is no Exception (a KeyboardInterrupt, a GreenletExit) is a clean stop, and
+        no failure of theirs.
+        """
         client.step = None  # what is around it need not tell it again
         try:
             template = self.telemetry.template(client, POLL, None, None)
@@ -283,7 +287,7 @@ class ConsumerIterator(ScopedIterator):
             return self._next()
         except StopIteration:
             raise
-        except BaseException as error:
+        except Exception as error:
             # Up to 2.0 there is an iteration without a poll inside.
             if client.step is not None:
                 self._wrappers.fail(self._consumer, client, self._started, error)

@@ -118,8 +118,9 @@ class _ProcessSpan(AbstractContextManager[Span]):
         if scope is None:
             return
         try:
-            # GeneratorExit says that a generator is closed, not that it failed.
-            if error is not None and not isinstance(error, GeneratorExit):
+            # What is no Exception (SystemExit, CancelledError, GeneratorExit) is a
+            # clean stop.
+            if isinstance(error, Exception):
                 scope.fail_with(error)
         finally:  # of an interrupt, too
             if is_own:

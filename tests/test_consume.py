@@ -481,6 +481,78 @@ def test_a_subclass_is_traced_once_through_what_it_overrides(
     assert recorder.count("messaging.client.consumed.messages") == 1
 
 
+class Polling(KafkaConsumer):  # type: ignore[misc]  # untyped
+    """A subclass that steps by polls of its own."""
+
+    def __init__(self, *topics: str, **config: Any) -> None:
+        self.buffered: list[Any] = []
+        super().__init__(*topics, **config)
+
+    def __next__(self) -> Any:
+        while not self.buffered:
+            self.buffered = poll_records(self, 1)
+        return self.buffered.pop(0)
+
+
+@pytest.mark.cpython
+def test_a_record_counts_once_in_a_loop_whose_steps_poll_publicly(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2", b"3")
+    for record in clients.consumer(cls=Polling):
+        assert current_name() == f"process {topic}"
+        if record.offset == 2:
+            break
+    assert recorder.names() == [f"process {topic}"] * 3 + [f"send {topic}"] * 3
+    assert recorder.count("messaging.client.consumed.messages") == 3
+
+
+def test_a_record_counts_once_as_a_step_polls_publicly_outside_a_loop(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    next(clients.consumer(cls=Polling))
+    assert recorder.names() == [f"poll {topic}", f"send {topic}"]
+    assert recorder.count("messaging.client.consumed.messages") == 1
+
+
+@pytest.mark.cpython
+def test_a_step_that_polls_again_after_a_failure_counts_its_record_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    class Trying(Polling):
+        tried = False
+
+        def __next__(self) -> Any:
+            if not self.tried:
+                self.tried = True
+                with pytest.raises(TypeError):
+                    self.poll(max_records=1.5)
+            return super().__next__()
+
+    clients.send(b"1")
+    for _ in clients.consumer(cls=Trying):
+        break
+    assert recorder.names() == ["poll", f"process {topic}", f"send {topic}"]
+    assert recorder.one("poll").status.status_code is StatusCode.ERROR
+    assert recorder.count("messaging.client.consumed.messages") == 1
+
+
+@pytest.mark.cpython
+def test_a_poll_that_keeps_the_offsets_is_a_poll_as_any_other(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    for records in poll(clients.consumer(), update_offsets=False).values():
+        for record in records:
+            assert current_name() == f"process {topic}"
+            if record.offset == 0:
+                break
+    assert len(recorder.named(f"poll {topic}")) == 1
+    assert len(recorder.named(f"process {topic}")) == 1
+    assert recorder.count("messaging.client.consumed.messages") >= 1
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_sampler_sees_the_links_of_a_receive_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, number: int

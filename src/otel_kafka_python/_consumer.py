@@ -10,7 +10,7 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python._attributes import queue_seconds, queue_time_attributes
-from otel_kafka_python._kafka import is_inner_poll, iterates_by_polls
+from otel_kafka_python._kafka import iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
     Record,
@@ -49,14 +49,17 @@ class ConsumerWrappers:
         client = self._client_to_trace(instance)
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
+        is_inner = client.step is not None
         started = time.time_ns(), time.monotonic_ns()
         try:
             polled = wrapped(*args, **kwargs)
         except Exception as error:
+            if is_inner:
+                client.step = Step.FAILED
             self.fail(instance, client, started, error)
             raise
         try:
-            if is_inner_poll(args, kwargs):
+            if is_inner:
                 self._measure(client, started, polled)
             else:
                 self._receive_batch(client, started, polled)
@@ -131,7 +134,6 @@ class ConsumerWrappers:
         What is no Exception (a KeyboardInterrupt, a GreenletExit) is a clean stop, and
         no failure of theirs.
         """
-        client.step = None  # what is around it need not tell it again
         try:
             template = self.telemetry.template(client, POLL, None, None)
             topics = {partition.topic for partition in consumer.assignment()}
@@ -164,7 +166,7 @@ class ConsumerWrappers:
         return {each: known for each, known in templates.items() if known is not None}
 
     def _measure(self, client: TracedClient, started: Moment, polled: Any) -> None:
-        """Measure the poll that iteration makes inside itself.
+        """Measure a poll that a step of an iteration makes.
 
         It fetches ahead, so it accounts for no message yet.
         """
@@ -282,18 +284,18 @@ class ConsumerIterator(ScopedIterator):
         if self._wrappers.holds:
             self._wrappers.held.close(client)
         self._started = time.time_ns(), time.monotonic_ns()
-        client.step = Step.ITERATION
+        around, client.step = client.step, Step.ITERATION
         try:
             return self._next()
         except StopIteration:
             raise
         except Exception as error:
             # Up to 2.0 there is an iteration without a poll inside.
-            if client.step is not None:
+            if client.step is not Step.FAILED:
                 self._wrappers.fail(self._consumer, client, self._started, error)
             raise
         finally:
-            client.step = None
+            client.step = around
             del self  # as in `__next__`
 
     def __getattr__(self, name: str) -> Any:

@@ -247,11 +247,6 @@ def offsets_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return argument(args, kwargs, 0, "offsets")
 
 
-def is_inner_poll(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether this `poll` is the one that iteration makes inside itself."""
-    return argument(args, kwargs, 2, "update_offsets") is False
-
-
 def iterates_by_polls(consumer: Any) -> bool:
     """Whether iteration polls inside; `legacy_iterator` (2.0 and ng) does not."""
     return not consumer.config.get("legacy_iterator")

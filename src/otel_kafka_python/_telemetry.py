@@ -47,6 +47,7 @@ class Step(Enum):
 
     NEXT = auto()  # an operation of its own
     ITERATION = auto()  # one step of a loop
+    FAILED = auto()  # likewise, and its `poll` has failed and been traced
 
 
 class TracedClient(Client):

@@ -64,8 +64,8 @@ def example(page: str, containing: str, language: str = "python") -> str:
 # Programs: what is started as the page has it, in a directory of its own.
 
 APPLICATION = example("README", "a lamp")
-INSTALL = example("README", "noida-db up", "sh")
-INSTALL_CLONE = example("README", "pip install .\n", "sh")
+INSTALL = example("README", "git+https", "sh")
+START_BROKER = example("README", "noida-db up", "sh")
 INSTALL_EXPORTER = example("README", "install opentelemetry-exporter", "sh")
 CONSOLE = example("README", "console", "sh")
 LAUNCH = example("README", "OTEL_SERVICE_NAME", "sh")
@@ -212,13 +212,16 @@ def test_the_application_runs_under_the_launcher(
 
 
 # A virtual environment is not made, and nothing installed: this has pip look whether
-# what it is told to install is here.
+# each argument is installed here, or is the address of this project's repository.
+(SOURCE,) = re.findall(
+    r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+)
 PIP = f"""#!{sys.executable}
 import sys
 from importlib.metadata import distribution
 assert sys.argv[1] == "install"
 for name in sys.argv[2:]:
-    assert name == "." or distribution(name)
+    assert name == "git+{SOURCE}" or distribution(name)
 """
 
 
@@ -230,7 +233,7 @@ def test_the_quick_start_is_pasted_in_order(
     (port,) = free_ports(1)
     pasted = [
         INSTALL.partition("\n")[2],
-        *(INSTALL_CLONE, CONSOLE, INSTALL_EXPORTER, EXPORTS, LAUNCH),
+        *(START_BROKER, CONSOLE, INSTALL_EXPORTER, EXPORTS, LAUNCH),
     ]
     # The last two stand the other way about; nothing listens on the default port here.
     positions = [PAGES["README"].index(block) for block in [*pasted[:4], LAUNCH]]

@@ -1,8 +1,11 @@
 """How the documentation is built: `tox -e docs`."""
 
-import os
+from importlib.metadata import metadata
 
 from otel_kafka_python import __version__
+
+urls = metadata("otel-kafka-python").get_all("Project-URL") or []
+repository = dict(url.split(", ") for url in urls)["Source"]
 
 project = "otel-kafka-python"
 author = "The otel-kafka-python authors"
@@ -26,10 +29,9 @@ html_title = f"otel-kafka-python {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_show_copyright = False
-# Read the Docs says which repository it builds; each page then links to it.
-if repository := os.environ.get("READTHEDOCS_GIT_CLONE_URL"):
-    html_theme_options = {
-        "footer_icons": [
-            {"name": "Repository", "url": repository, "html": "Repository"}
-        ]
-    }
+html_theme_options = {
+    "source_repository": repository,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [{"name": "Repository", "url": repository, "html": "Repository"}],
+}

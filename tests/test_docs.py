@@ -361,16 +361,26 @@ def test_celerys_workers_are_traced(
     assert names(receiver.get_spans(1, DEADLINE)) == [f"send {topic}"]
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_pools_processes_are_traced(
-    programs: Programs, receiver: OtlpProtoTestServer, clients: Clients, topic: str
+    programs: Programs,
+    receiver: OtlpProtoTestServer,
+    clients: Clients,
+    topic: str,
+    method: str,
 ) -> None:
     clients.send(b"a lamp", b"a chair")
     pool = POOL.replace("timeout_ms=5000", f"timeout_ms={DEADLINE * 1000:.0f}")
+    pool = pool.replace('"spawn"', f'"{method}"')
     programs.write(telemetry=TELEMETRY, pool=pool)
     printed = programs.run(f"{sys.executable} pool.py")
     assert sorted(printed.splitlines()) == ["shipping a chair", "shipping a lamp"]
     spans = receiver.get_spans(3, DEADLINE)
     assert names(spans) == [f"poll {topic}", *[f"process {topic}"] * 2]
+
+
+def test_the_site_links_to_the_repository() -> None:
+    assert f"\nRepository <{SOURCE}>\n" in PAGES["index"]
 
 
 def test_what_the_operator_injects_traces_the_application(
@@ -773,6 +783,8 @@ def test_a_request_its_message_and_the_worker_are_one_trace(
     worker = WORKER.replace('"shipping"', f'"{topic}"')
     programs.write(web=code, worker=worker)
     (port,) = free_ports(1)
+    # Uvicorn kills a worker that does not answer in five seconds, however busy this is.
+    programs.environ["UVICORN_TIMEOUT_WORKER_HEALTHCHECK"] = "60"
     launch = " ".join(command.replace("8000", str(port)).split("\n"))
     launch = launch.replace("export ", "env ")
     if not launch.startswith("env "):
@@ -789,6 +801,12 @@ def test_a_request_its_message_and_the_worker_are_one_trace(
         *[each.span.span_id for each in chain[:2]],
     ]
     assert [services([each]) for each in chain] == [{"web"}, {"web"}, {"worker"}]
+
+
+def test_setups_start_uvicorns_workers_as_the_guide_does() -> None:
+    command = "opentelemetry-instrument uvicorn web:app --workers 2"
+    assert f"`{command}`" in PAGES["setups"]
+    assert command in PAGES["web"]
 
 
 SAMPLER = example("sampling", "OTEL_TRACES_SAMPLER", "sh")

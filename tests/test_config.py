@@ -144,11 +144,6 @@ def test_hooks_have_no_variable(log: Log) -> None:
     assert line.startswith("OTEL_PYTHON_KAFKA_PRODUCE_HOOK is not a variable")
 
 
-@pytest.mark.parametrize(("value", "limit"), [("7", 7), ("", 128), ("many", 128)])
-def test_the_limit_of_links_is_the_sdks(value: str, limit: int) -> None:
-    assert load({}, {"OTEL_SPAN_LINK_COUNT_LIMIT": value}).link_limit == limit
-
-
 PROVIDERS = ["tracer_provider", "meter_provider", "logger_provider"]
 # What every instrumentor takes.
 CHECKS = ["skip_dep_check", "raise_exception_on_conflict"]

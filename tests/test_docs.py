@@ -944,7 +944,7 @@ def test_every_environment_of_tox_that_is_named_exists() -> None:
 
 def test_every_variable_that_is_named_exists() -> None:
     known = {f"{_config._VARIABLE_PREFIX}{name.upper()}" for name in _config._PARSERS}
-    known |= {_config._LINK_LIMIT_VARIABLE, _config._EXCEPTION_SIGNAL_VARIABLE}
+    known.add(_config._EXCEPTION_SIGNAL_VARIABLE)
     for module in (
         opentelemetry.environment_variables,
         opentelemetry.instrumentation.environment_variables,

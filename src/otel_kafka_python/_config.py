@@ -23,8 +23,6 @@ ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
 """Called as `consume_hook(span, record, args, kwargs)`; the span is of the record."""
 
 _VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
-_LINK_LIMIT_VARIABLE = "OTEL_SPAN_LINK_COUNT_LIMIT"
-_DEFAULT_LINK_LIMIT = 128
 _EXCEPTION_SIGNAL_VARIABLE = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
 
 ProcessParent = Literal["message", "none"]
@@ -100,8 +98,6 @@ class Config:
     next_process_spans: _Flag = False
     metrics: _Flag = True
     client_metrics: _Flag = False
-    # The SDK keeps the newest links up to its own limit; building more is waste.
-    link_limit: int = _DEFAULT_LINK_LIMIT
     # Whether exceptions are recorded as events of their spans, and as log events.
     span_exceptions: bool = True
     log_exceptions: bool = False
@@ -164,10 +160,7 @@ def load(
         ignored, each with one warning that names it; nothing is raised.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
-    settings: dict[str, Any] = {
-        "link_limit": _link_limit(environ),
-        **_exception_signal(environ),
-    }
+    settings: dict[str, Any] = dict(_exception_signal(environ))
     for name, parse in _PARSERS.items():
         variable = _VARIABLES.get(name, "")
         if name in given:
@@ -215,12 +208,6 @@ def shown(default: object) -> str:
     if isinstance(default, tuple):
         return ",".join(default) or "none"
     return "none" if default is None else str(default)
-
-
-def _link_limit(environ: Mapping[str, str]) -> int:
-    # The SDK's own variable: the SDK itself reports a malformed one.
-    value = environ.get(_LINK_LIMIT_VARIABLE, "").strip()
-    return int(value) if value.isdecimal() else _DEFAULT_LINK_LIMIT
 
 
 def _exception_signal(environ: Mapping[str, str]) -> dict[str, bool]:

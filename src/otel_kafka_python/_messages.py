@@ -190,16 +190,12 @@ class Links(Sequence[Link]):
         if len(self._records) == 1:
             created = creation_context(self._records[0].headers)
             return () if created is None else (Link(created),)
-        links: list[Link] = []
-        # Of too many links the SDK keeps the newest: only those are made.
-        for record in reversed(self._records):
-            if len(links) >= self._config.link_limit:
-                break
-            created = creation_context(record.headers)
-            if created is not None:
-                links.append(Link(created, self._about(record)))
-        links.reverse()
-        return links
+        # All are made: the SDK counts those that exceed its limit as dropped.
+        return [
+            Link(created, self._about(record))
+            for record in self._records
+            if (created := creation_context(record.headers)) is not None
+        ]
 
     def _about(self, record: Record) -> Attributes:
         about: Attributes = {}

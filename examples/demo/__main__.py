@@ -32,7 +32,8 @@ from kafka.admin import KafkaAdminClient, NewTopic  # noqa: E402
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer  # noqa: E402
 
 PATIENCE = 60.0
-ORDERS, REFUSED = 4, 1
+# How many there are, how many the broker refuses, and how many the bank declines.
+ORDERS, REFUSED, DECLINED = 5, 1, 1
 
 
 @contextlib.contextmanager
@@ -103,8 +104,8 @@ def collect(
         spans = story.read(received_spans)
         metrics = story.read_metrics(received_metrics)
         try:
-            root = story.check(spans, ORDERS, REFUSED)
-            story.check_metrics(metrics, ORDERS, REFUSED)
+            root = story.check(spans, ORDERS, REFUSED, DECLINED)
+            story.check_metrics(metrics, ORDERS, REFUSED, DECLINED)
             return spans, root, metrics
         except story.UnexpectedError:
             if time.monotonic() > deadline:

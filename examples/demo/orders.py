@@ -20,8 +20,9 @@ producer = KafkaProducer(
 ORDERS = {
     "1001": {"item": "lamp", "price": 59},
     "1002": {"item": "desk", "price": 249},
-    "1003": {"item": "chair", "price": 119},
-    "1004": {"item": "poster", "price": 9, "image": "x" * 3 * MEGABYTE},
+    "1003": {"item": "sofa", "price": 1899},
+    "1004": {"item": "chair", "price": 119},
+    "1005": {"item": "poster", "price": 9, "image": "x" * 3 * MEGABYTE},
 }
 
 # In a web service this would be the span of the request.

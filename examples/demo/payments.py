@@ -1,14 +1,28 @@
-"""Takes orders in a loop and sends on what is paid; it is slow on purpose."""
+"""Takes orders in a loop and sends on those that are paid; it is slow on purpose."""
 
 import contextlib
 import json
 import os
+import sys
 import time
+from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
 from ready import Ready
 
 SECONDS_PER_PAYMENT = 0.25
+CREDIT = 1000
+
+
+class CardDeclinedError(Exception):
+    """The bank does not pay."""
+
+
+def charge(order: dict[str, Any]) -> None:
+    time.sleep(SECONDS_PER_PAYMENT)  # the bank takes its time
+    if order["price"] > CREDIT:
+        raise CardDeclinedError(f"the card does not cover {order['price']} euros")
+
 
 producer = KafkaProducer(
     bootstrap_servers=os.environ["BROKER"],
@@ -25,10 +39,14 @@ consumer = KafkaConsumer(
 consumer.subscribe(["orders"], listener=Ready())
 
 with contextlib.suppress(KeyboardInterrupt):
-    for record in consumer:
-        order = record.value
-        time.sleep(SECONDS_PER_PAYMENT)  # the bank takes its time
-        producer.send("payments", {**order, "paid": True}, key=record.key)
-        producer.flush()
+    while True:
+        try:
+            for record in consumer:
+                order = record.value
+                charge(order)
+                producer.send("payments", {**order, "paid": True}, key=record.key)
+                producer.flush()
+        except CardDeclinedError as error:
+            print(f"an order is not paid: {error}", file=sys.stderr)
 producer.close()
 consumer.close()

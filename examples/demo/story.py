@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ERROR = 2  # opentelemetry.proto.trace.v1.Status.StatusCode.STATUS_CODE_ERROR
+DECLINED = "CardDeclinedError"  # as `payments.py` raises it
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Span:
     failed: bool
     attributes: dict[str, Any]
     links: list[tuple[bytes, bytes]]
+    exceptions: list[dict[str, Any]]
     children: list[Span] = field(default_factory=list)
 
     @property
@@ -59,6 +61,11 @@ def read(received: Iterable[Any]) -> list[Span]:
                 span.status.code == ERROR,
                 _values(span.attributes),
                 [(link.trace_id, link.span_id) for link in span.links],
+                [
+                    _values(event.attributes)
+                    for event in span.events
+                    if event.name == "exception"
+                ],
             )
         )
     return spans
@@ -101,13 +108,14 @@ def expect(condition: bool, what: str) -> None:
         raise UnexpectedError(what)
 
 
-def check(spans: list[Span], orders: int, refused: int) -> Span:
+def check(spans: list[Span], orders: int, refused: int, declined: int) -> Span:
     """Hold what was seen against the story.
 
     Args:
         spans: All spans that have come.
         orders: How many orders were sent.
         refused: How many of them are too large for the broker.
+        declined: How many of them the bank declines to pay.
 
     Returns:
         The checkout, the root of the trace.
@@ -126,10 +134,12 @@ def check(spans: list[Span], orders: int, refused: int) -> Span:
         expect(not send.children, "a refused order was processed")
         error_type = send.attributes.get("error.type")
         expect(error_type == "MESSAGE_TOO_LARGE", f"error.type is {error_type}")
+    delivered = [send for send in sends if not send.failed]
+    payments = [send for send in delivered if check_payment(send)]
+    unpaid = len(delivered) - len(payments)
+    expect(unpaid == declined, f"{unpaid} of {declined} declined payments")
     linked = {link for poll in polls(spans, root.trace_id) for link in poll.links}
-    for send in sends:
-        if send.failed:
-            continue
+    for send in payments:
         names = [span.name for _, span in send.walk()]
         chain = ["send orders", "process orders", "send payments", "process payments"]
         expect(names == [*chain, "INSERT"], f"an order's spans are {names}")
@@ -142,6 +152,27 @@ def check(spans: list[Span], orders: int, refused: int) -> Span:
             "no poll links to a payment",
         )
     return root
+
+
+def check_payment(send: Span) -> bool:
+    """Hold what the payments service did with an order against the story.
+
+    Returns:
+        Whether the order was paid.
+    """
+    names = [span.name for _, span in send.walk()]
+    expect(
+        names[:2] == ["send orders", "process orders"], f"an order's spans are {names}"
+    )
+    process = send.child("process orders")
+    if not process.failed:
+        return True
+    expect(not process.children, "a declined order went on")
+    # Up to Python 3.11 a loop cannot name the exception.
+    error_type = process.attributes.get("error.type")
+    named = error_type == DECLINED and bool(process.exceptions)
+    expect(named or error_type == "_OTHER", f"a payment's error.type is {error_type}")
+    return False
 
 
 @dataclass
@@ -184,17 +215,19 @@ def read_metrics(received: Iterable[Any]) -> Metrics:
     return found
 
 
-def check_metrics(metrics: Metrics, orders: int, refused: int) -> None:
+def check_metrics(metrics: Metrics, orders: int, refused: int, declined: int) -> None:
     """Hold the metrics against the story, as `check` does the traces."""
     delivered = orders - refused
+    paid = delivered - declined
     expected = {
         ("orders", "messaging.client.sent.messages send"): delivered,
         ("orders", "messaging.client.sent.messages send failed"): refused,
         ("payments", "messaging.client.consumed.messages poll"): delivered,
-        ("payments", "messaging.client.sent.messages send"): delivered,
-        ("payments", "messaging.process.duration process"): delivered,
-        ("shipping", "messaging.client.consumed.messages poll"): delivered,
-        ("shipping", "kafka.record.queue_time"): delivered,
+        ("payments", "messaging.client.sent.messages send"): paid,
+        ("payments", "messaging.process.duration process"): paid,
+        ("payments", "messaging.process.duration process failed"): declined,
+        ("shipping", "messaging.client.consumed.messages poll"): paid,
+        ("shipping", "kafka.record.queue_time"): paid,
     }
     for (service, name), count in expected.items():
         measured = metrics.get(service, {}).get(name, Measured())
@@ -232,14 +265,18 @@ def stages(send: Span) -> list[Stage]:
     return found
 
 
+def is_shipped(send: Span) -> bool:
+    return any(span.name == "process payments" for _, span in send.walk())
+
+
 def bottleneck(root: Span) -> tuple[Span, list[Stage], Stage]:
     """The slowest order, the stages of its way, and the longest processing.
 
     An order that waits in a topic waits for those before it, so that it is the
     service behind the topic that is slow, not the broker.
     """
-    delivered = [s for s in root.children if s.name == "send orders" and s.children]
-    slowest = max(delivered, key=lambda send: max(s.end for _, s in send.walk()))
+    shipped = [send for send in root.children if is_shipped(send)]
+    slowest = max(shipped, key=lambda send: max(s.end for _, s in send.walk()))
     found = stages(slowest)
     processing = [stage for stage in found if stage.what == "being processed"]
     return slowest, found, max(processing, key=lambda stage: stage.duration)

@@ -89,8 +89,8 @@ def explain(slowest: Span, stages: list[Stage], worst: Stage) -> list[str]:
         f"Order {key} took {milliseconds(total)}: {parts}.",
         f"The bottleneck is [bold]{worst.where}[/]: {milliseconds(worst.duration)} "
         "for each order, and those behind it wait in the topic.",
-        "[bold red]In red[/]: the broker refused an order, it is too large. A span "
-        "ends with the broker's answer, so it says so.",
+        "[bold red]In red[/]: the broker refused an order that is too large, and the "
+        "bank declined another. The services have no line for that.",
     ]
 
 
@@ -113,6 +113,7 @@ ROWS = {
     "messages sent": "messaging.client.sent.messages send",
     "messages refused": "messaging.client.sent.messages send failed",
     "messages consumed": "messaging.client.consumed.messages poll",
+    "a failed one took": "messaging.process.duration process failed",
     "a send took": "messaging.client.operation.duration send",
     "processing one took": "messaging.process.duration process",
     "a commit took": "messaging.client.operation.duration commit",

@@ -43,6 +43,14 @@ POM = f"""\
       <artifactId>slf4j-simple</artifactId>
       <version>1.7.36</version>
     </dependency>
+    <dependency>
+      <groupId>org.apache.kafka</groupId>
+      <artifactId>kafka-tools</artifactId>
+      <version>{KAFKA_VERSION}</version>
+      <exclusions>
+        <exclusion><groupId>*</groupId><artifactId>*</artifactId></exclusion>
+      </exclusions>
+    </dependency>
   </dependencies>
 </project>
 """
@@ -111,7 +119,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 def libraries() -> Path:
     """The directory with Kafka's jars, which Maven fills the first time."""
-    return made_once(f"kafka-{KAFKA_VERSION}", _get_jars)
+    return made_once(f"kafka-with-tools-{KAFKA_VERSION}", _get_jars)
 
 
 def _get_jars(output: Path) -> None:
@@ -120,6 +128,17 @@ def _get_jars(output: Path) -> None:
     command = ["mvn", "-q", "-B", "-f", str(pom)]
     command += ["dependency:copy-dependencies", f"-DoutputDirectory={output}"]
     subprocess.run(command, check=True, timeout=600)
+
+
+def described_lags(address: str, group: str) -> dict[tuple[str, str], int]:
+    """The lag of a group by topic and partition, as Kafka's own tool describes it."""
+    command = ["java", "-cp", f"{libraries()}/*"]
+    command += ["org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"]
+    command += ["--bootstrap-server", address, "--describe", "--group", group]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    heading, *rows = (line.split() for line in printed.splitlines() if line.strip())
+    described = [dict(zip(heading, row, strict=True)) for row in rows]
+    return {(row["TOPIC"], row["PARTITION"]): int(row["LAG"]) for row in described}
 
 
 def free_ports(count: int) -> list[int]:

@@ -76,9 +76,10 @@ CLIENT_ATTRIBUTES = {
     name: {"type": "string", "level": "recommended"}
     for name in (
         *("client-id", "messaging.kafka.cluster.id"),
-        *("topic", "partition", "node-id"),
+        *("topic", "partition", "node-id", "messaging.consumer.group.name"),
     )
 }
+TIME_LAG = "kafka.consumer.time_lag"
 BY_METRIC = {
     **{metric["metric"]: metric for metric in FACTS["metrics"].values()},
     **OWN_METRICS,
@@ -210,7 +211,8 @@ def check_metrics(metrics: Iterable[Metric]) -> None:
 def _check_metric(metric: Metric) -> Iterable[str]:
     facts = BY_METRIC.get(metric.name)
     if CLIENT_METRIC.fullmatch(metric.name):
-        facts = {"unit": "", "instrument": "Gauge", "attributes": CLIENT_ATTRIBUTES}
+        unit = "s" if metric.name == TIME_LAG else ""
+        facts = {"unit": unit, "instrument": "Gauge", "attributes": CLIENT_ATTRIBUTES}
     if facts is None:
         yield f"{metric.name}: the convention has no such metric"
         return

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import weakref
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from embedded_broker import EmbeddedBroker
 from kafka import TopicPartition
 from opentelemetry.sdk.metrics import Meter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 
+from apache_broker import described_lags
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
@@ -37,6 +42,10 @@ KAFKA_PYTHONS_OWN = {
     "kafka.producer.throttle_time_avg",
     "kafka.producer.throttle_time_max",
 }
+# Worked out here.
+OUR_OWN = {"kafka.consumer.time_lag"}
+# The agent has no group, but lag is a group's, and all clients share a default id.
+ONLY_OURS = "messaging.consumer.group.name"
 # The Java client has it for each partition, kafka-python for the whole consumer; and
 # the average over topics, which kafka-python keeps apart from that of each.
 WITH_FEWER_TAGS = {"kafka.consumer.records_lag_max"}
@@ -56,6 +65,24 @@ def lags(recorder: Recorder) -> dict[tuple[str, str], int]:
         (point.attributes["topic"], point.attributes["partition"]): point.value
         for point in recorder.points("kafka.consumer.records_lag")
     }
+
+
+def time_lags(recorder: Recorder) -> dict[str, float]:
+    """The lag in seconds by partition."""
+    return {
+        point.attributes["partition"]: point.value
+        for point in recorder.points("kafka.consumer.time_lag")
+    }
+
+
+def send_aged(clients: Clients, *ages: float) -> list[float]:
+    """Send records that were written so many seconds ago; when that was."""
+    written = [time.time() - age for age in ages]
+    producer = clients.producer()
+    for each in written:
+        producer.send(clients.topic, b"value", timestamp_ms=round(each * 1000))
+    producer.flush()
+    return written
 
 
 def work(clients: Clients) -> tuple[Any, Any]:
@@ -83,7 +110,7 @@ def test_they_have_the_java_agents_names_types_and_attributes(
     clients.topic = f"{topic}.with.dots"
     clients_alive = work(clients)
     exported = seen(recorder)
-    assert OURS - set(JAVA) == KAFKA_PYTHONS_OWN
+    assert OURS - set(JAVA) == KAFKA_PYTHONS_OWN | OUR_OWN
     for name, points in exported.items():
         facts = JAVA.get(name)
         if facts is None:
@@ -91,6 +118,8 @@ def test_they_have_the_java_agents_names_types_and_attributes(
         # And so are they: the recorder holds all of ours against that.
         assert facts["type"] == "gauge"
         expected = set(facts["attributes"])
+        if "consumer" in name:
+            expected.add(ONLY_OURS)
         if VERSION < (2, 1):
             expected.discard("messaging.kafka.cluster.id")
         for point in points:
@@ -164,6 +193,148 @@ def test_the_lag_of_each_partition_is_what_the_consumer_has_not_been_given(
         for (_, number), lag in lags(recorder).items():
             assert lag == {"0": 30, "1": 7}[number] - given[number]
     assert lags(recorder) == {(topic, "0"): 0, (topic, "1"): 0}
+
+
+def by_poll(consumer: Any) -> Iterator[Any]:
+    for _ in range(consumer.count):
+        ((record,),) = poll(consumer, max_records=1).values()
+        yield record
+    assert consumer.poll(timeout_ms=0) == {}
+
+
+def by_next(consumer: Any) -> Iterator[Any]:
+    while True:
+        try:
+            record = next(consumer)
+        except StopIteration:
+            return
+        yield record
+
+
+@pytest.mark.parametrize("hand_over", [by_poll, by_next, iter])
+@pytest.mark.parametrize("metrics", [True, False])
+def test_the_time_lag_is_the_age_of_the_last_record_until_more_is_asked_for(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    hand_over: Callable[[Any], Iterator[Any]],
+    metrics: bool,
+) -> None:
+    instrument(client_metrics=True, metrics=metrics)
+    written = send_aged(clients, 300, 200, 100)
+    seen = []
+    # It is slowed down on purpose: nothing more is asked for before it is observed.
+    for _ in hand_over(clients.finite(3)):
+        earliest = time.time()
+        (lag,) = time_lags(recorder).values()
+        seen.append((earliest, lag, time.time()))
+    for at, (earliest, lag, latest) in zip(written, seen, strict=True):
+        assert earliest - at <= lag + 0.001 <= latest - at + 0.002
+
+
+def test_the_time_lag_grows_while_a_consumer_is_stuck_and_is_0_with_nothing_behind(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    clients.create_topic(2)
+    producer = clients.producer()
+    producer.send(clients.topic, b"value", partition=1).get(DEADLINE)
+    consumer = clients.consumer(group_id=clients.topic)
+    poll_records(consumer, 1)
+    consumer.poll(timeout_ms=0)
+    assert time_lags(recorder)["1"] == 0
+    for _ in range(3):
+        producer.send(clients.topic, b"value", partition=0)
+    producer.flush()
+    poll(consumer, max_records=1)
+    # It is stopped here, with records to come, and observed again and again.
+    stuck = [time_lags(recorder) for _ in range(5)]
+    grown = [each["0"] for each in stuck]
+    assert all(before < after for before, after in pairwise(grown))
+    # The other partition is up to date all the same.
+    assert {each["1"] for each in stuck} == {0}
+    poll_records(consumer, 2)
+    assert time_lags(recorder)["0"] > 0  # nobody knows what becomes of the last ones
+    consumer.poll(timeout_ms=0)
+    assert time_lags(recorder) == {"0": 0, "1": 0}
+
+
+def test_records_of_before_the_first_have_no_time_lag(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    clients.send(b"not an int")
+    consumer = clients.consumer(value_deserializer=int)
+    with pytest.raises(Exception, match="not an int"):
+        poll(consumer)
+    assert lags(recorder) == {(clients.topic, "0"): 1}
+    assert time_lags(recorder) == {}
+
+
+@pytest.mark.parametrize(("age", "lag"), [(-1000, 0), (None, None)])
+def test_a_time_lag_is_never_negative_and_absent_without_a_timestamp(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    age: float | None,
+    lag: float | None,
+) -> None:
+    instrument(client_metrics=True)
+    if age is None:
+        clients.send(b"value", timestamp_ms=-1)
+    else:
+        send_aged(clients, age)
+    ((record,),) = poll(clients.consumer()).values()
+    assert (record.timestamp < 0) == (age is None)
+    assert time_lags(recorder).get("0") == lag
+
+
+def test_a_consumers_metrics_have_its_group(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    kept = work(clients)
+    alone = clients.consumer(client_id="alone")
+    poll_records(alone, 10)
+    groups: dict[str, set[str | None]] = {}
+    for points in seen(recorder).values():
+        for point in points:
+            group = point.get("messaging.consumer.group.name")
+            groups.setdefault(point["client-id"], set()).add(group)
+    assert groups == {"shop": {None}, "shipping": {clients.topic}, "alone": {None}}
+    del kept
+
+
+@pytest.mark.one_client
+def test_the_lag_of_a_group_is_what_kafkas_own_tool_says(
+    broker: Any,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    if isinstance(broker, EmbeddedBroker):
+        pytest.skip("the embedded broker describes no groups")
+    instrument(client_metrics=True)
+    clients.create_topic(2)
+    producer = clients.producer()
+    for partition in (0, 0, 0, 1, 1):
+        producer.send(topic, b"value", partition=partition)
+    producer.flush()
+    consumer = clients.consumer(group_id=topic)
+    given: list[Any] = []
+    # What a partition has is known from the first record of it on.
+    while len(set(given)) < 2:
+        given += poll(consumer, max_records=1)
+    consumer.commit()
+    behind = described_lags(clients.address, topic)
+    assert sum(behind.values()) == 5 - len(given) > 0
+    assert lags(recorder) == behind
+    poll_records(consumer, 5 - len(given))
+    consumer.poll(timeout_ms=0)
+    consumer.commit()
+    assert lags(recorder) == described_lags(clients.address, topic)
+    assert time_lags(recorder) == {"0": 0, "1": 0}
 
 
 def test_the_assignment_is_read_once_however_many_topics_there_are(
@@ -319,5 +490,5 @@ def test_the_documentation_has_all_of_them() -> None:
         for name in re.findall(r"`(\w+)`", names):
             documented.setdefault(f"kafka.{kind}.{name}", set()).add(origin)
     assert set(documented) == OURS
-    own = {name for name, origins in documented.items() if origins == {"kafka-python"}}
-    assert own == KAFKA_PYTHONS_OWN
+    for origin, own in ("kafka-python", KAFKA_PYTHONS_OWN), ("this package", OUR_OWN):
+        assert {name for name, by in documented.items() if by == {origin}} == own

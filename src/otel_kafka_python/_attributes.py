@@ -139,10 +139,21 @@ def queue_time_attributes(count_attributes: Attributes) -> Attributes:
 
 
 def client_metric_attributes(
-    metric: ClientMetric, client_id: str | None, cluster_id: str | None
+    metric: ClientMetric,
+    client_id: str | None,
+    cluster_id: str | None,
+    group: str | None,
 ) -> Attributes:
-    """The attributes of a client's own metric, named as the Java agent names them."""
-    of_client = {"client-id": client_id, MESSAGING_KAFKA_CLUSTER_ID: cluster_id}
+    """The attributes of a client's own metric.
+
+    They are named as the Java agent names them. It has no group, but clients that were
+    given no id share one, and lag is a group's.
+    """
+    of_client = {
+        "client-id": client_id,
+        MESSAGING_KAFKA_CLUSTER_ID: cluster_id,
+        MESSAGING_CONSUMER_GROUP_NAME: group,
+    }
     return {**metric.tags, **without_absent(of_client)}
 
 
@@ -205,7 +216,7 @@ def header_attributes(
 
 
 def queue_seconds(timestamp: object, now: int) -> float | None:
-    """How long a record has been in its topic; never negative, whatever the clocks.
+    """How long ago a record was written; never negative, whatever the clocks.
 
     Args:
         timestamp: The record's, in milliseconds since the epoch; -1 or None if it

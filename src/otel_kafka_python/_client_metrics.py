@@ -2,12 +2,14 @@
 
 They are named as the OpenTelemetry Java agent names those of the Java client, which
 kafka-python has its metrics from. All of them are gauges: kafka-python has rates,
-averages and maxima. Nothing here asks the broker for anything.
+averages and maxima. Beside them stands a consumer's lag, in records and in seconds.
+Nothing here asks the broker for anything.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -16,8 +18,9 @@ from typing import Any
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from otel_kafka_python import _kafka
-from otel_kafka_python._attributes import client_metric_attributes
+from otel_kafka_python._attributes import client_metric_attributes, queue_seconds
 from otel_kafka_python._clients import Client
+from otel_kafka_python._kafka import ClientMetric
 from otel_kafka_python._safety import report
 
 _OF_CONNECTIONS = (
@@ -50,14 +53,16 @@ NAMES = {
         *("join-time-max", "last-heartbeat-seconds-ago", "records-consumed-rate"),
         *("records-lag-max", "records-per-request-avg", "sync-rate"),
         *("sync-time-avg", "sync-time-max"),
-        # Worked out here: kafka-python has only its maximum.
-        "records-lag",
+        # Worked out here: kafka-python has only the maximum of the first.
+        *("records-lag", "time-lag"),
     ),
 }
 
 # What the Java client, and kafka-python's own description, have in milliseconds,
 # kafka-python has in seconds.
 _IN_SECONDS = ("record-queue-time-avg", "record-queue-time-max")
+
+_UNITS = {"time-lag": "s"}
 
 Living = Callable[[], Iterable[tuple[Any, Client]]]
 
@@ -78,6 +83,7 @@ class ClientMetrics:
                 meter.create_observable_gauge(
                     f"kafka.{kind}.{name.replace('-', '_')}",
                     [partial(self._observe, kind, name)],
+                    _UNITS.get(name, ""),
                 )
 
     def observe(self, living: Living) -> None:
@@ -113,6 +119,8 @@ def _observations(
 def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Observation]:
     if name == "records-lag":
         found = _kafka.record_lags(instance)
+    elif name == "time-lag":
+        found = list(_time_lags(instance, client))
     else:
         found = _kafka.client_metrics(instance, kind, name)
     # Where there is one for each topic or node, what sums these up would be counted
@@ -122,9 +130,27 @@ def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Obser
         if len(each.tags) == most and math.isfinite(each.value):
             value = each.value * 1e3 if name in _IN_SECONDS else each.value
             attributes = client_metric_attributes(
-                each, client.client_id, client.cluster_id
+                each, client.client_id, client.cluster_id, client.group
             )
             yield Observation(value, attributes)
+
+
+def _time_lags(consumer: Any, client: Client) -> Iterator[ClientMetric]:
+    """How long ago the last record was written that each partition has handed over.
+
+    It is 0 where nothing is behind: no more records are known of, and the application
+    has asked for more since. A consumer that is stuck with the last record it knows of
+    would otherwise seem to be up to date.
+    """
+    now = time.time_ns()
+    for records, tags in _kafka.record_lags(consumer):
+        handed = client.handed_over.get((tags["topic"], int(tags["partition"])))
+        if records == 0 and (handed is None or handed.asked != client.asked):
+            yield ClientMetric(0.0, tags)
+        elif handed is not None:
+            seconds = queue_seconds(handed.timestamp, now)
+            if seconds is not None:
+                yield ClientMetric(seconds, tags)
 
 
 _by_provider: weakref.WeakKeyDictionary[Any, ClientMetrics] = (

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from otel_kafka_python import _kafka
 from otel_kafka_python._kafka import Server
 from otel_kafka_python._safety import report
+
+
+class HandedOver(NamedTuple):
+    """What is known of the last record of a partition that a consumer handed over."""
+
+    timestamp: Any  # its own, as kafka-python has it
+    asked: int  # how often the consumer had been asked for records by then
 
 
 class Client:
@@ -28,9 +35,11 @@ class Client:
         "__weakref__",
         "_cluster",
         "_refreshed",
+        "asked",
         "bootstrap",
         "client_id",
         "group",
+        "handed_over",
         "instance",
         "is_answered",
         "is_extended",
@@ -56,6 +65,10 @@ class Client:
         self.is_extended = is_extended
         # Gives the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
+        # How often it was asked for records.
+        self.asked = 0
+        # The last record of each partition, where its lag in time is observed.
+        self.handed_over: dict[tuple[str, int], HandedOver] = {}
         self._cluster = cluster
         self._refreshed: object = None
 
@@ -74,6 +87,11 @@ class Client:
 
     def forget(self) -> None:
         """Drop what was derived from the metadata."""
+
+    def hand_over(self, record: Any) -> None:
+        """Remember a record that the application is handed."""
+        handed = HandedOver(record.timestamp, self.asked)
+        self.handed_over[record.topic, record.partition] = handed
 
     @property
     def cluster_id(self) -> str | None:

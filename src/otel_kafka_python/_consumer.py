@@ -51,6 +51,7 @@ class ConsumerWrappers:
             return wrapped(*args, **kwargs)
         is_inner = client.step is not None
         started = time.time_ns(), time.monotonic_ns()
+        client.asked += 1
         try:
             polled = wrapped(*args, **kwargs)
         except Exception as error:
@@ -76,6 +77,7 @@ class ConsumerWrappers:
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
         started = time.time_ns(), time.monotonic_ns()
+        client.asked += 1
         client.step = Step.NEXT
         try:
             record = wrapped(*args, **kwargs)
@@ -206,6 +208,8 @@ class ConsumerWrappers:
             )
         Operation(template, span, started).end(ended=ended)
         for each, of_partition in traced.items():
+            if telemetry.config.client_metrics:
+                client.hand_over(polled[each][-1])
             _count_records(of_partition, polled[each], span)
             polled[each] = Records(polled[each], telemetry, client)
 
@@ -225,6 +229,8 @@ class ConsumerWrappers:
         if template is None:
             return
         ended = time.monotonic_ns()
+        if config.client_metrics:
+            client.hand_over(record)
         span = None
         if config.receive_spans:
             attributes = template.attributes.copy()
@@ -284,6 +290,7 @@ class ConsumerIterator(ScopedIterator):
         if self._wrappers.holds:
             self._wrappers.held.close(client)
         self._started = time.time_ns(), time.monotonic_ns()
+        client.asked += 1
         around, client.step = client.step, Step.ITERATION
         try:
             return self._next()
@@ -319,10 +326,13 @@ class ConsumerIterator(ScopedIterator):
                 self._scope = open_unless_in_scope(telemetry, client, record, current)
             return
         scope = self._scope = open_unless_in_scope(telemetry, client, record, current)
-        if not telemetry.measures:
+        observed = telemetry.config.client_metrics
+        if not (telemetry.measures or observed):
             return
         template = telemetry.template(client, POLL, record.topic, record.partition)
         if template is not None:
+            if observed:
+                client.hand_over(record)
             _count_records(template, [record], None if scope is None else scope.span)
 
 

@@ -6,6 +6,7 @@ A test takes its blocks by `example`; the last test fails if no test has taken o
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distribution
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ from apache_broker import free_ports
 from clients import DEADLINE, Clients, Finite, poll_records
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _config
-from pages import BLOCKS, PAGES, ROOT, Block
+from pages import BLOCKS, PAGES, ROOT, Block, code_in, table
 from recorder import Recorder
 from scripts import run
 
@@ -830,6 +832,62 @@ def test_the_collector_that_samples_uses_what_it_configures() -> None:
     assert {kind: set(parts) for kind, parts in pipeline.items()} == {
         kind: set(config[kind]) for kind in pipeline
     }
+
+
+SEND_TEN = example("bottlenecks", "KafkaProducer(")
+SLOW = example("bottlenecks", "time.sleep")
+START_SLOW = example("bottlenecks", "CLIENT_METRICS", "sh")
+START_SEND = example("bottlenecks", "python shop.py", "sh")
+SLOW_TRACE = example("bottlenecks", "process orders", "text")
+
+
+ROWS = table("bottlenecks", "2. Compare all messages")
+DASHBOARD = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text())
+
+
+def test_the_panels_that_are_named_exist() -> None:
+    titles = {panel["title"].partition(" (")[0] for panel in DASHBOARD["panels"]}
+    assert {panel for *_, panel in ROWS} <= titles
+
+
+def attribute(span: Any, key: str) -> Any:
+    (found,) = [each.value for each in span.attributes if each.key == key]
+    return found
+
+
+def test_a_slow_workers_orders_are_seen_to_wait(
+    programs: Programs, receiver: OtlpProtoTestServer, topic: str
+) -> None:
+    programs.write(shop=SEND_TEN, worker=SLOW.replace('"shipping"', f'"{topic}"'))
+    programs.environ["OTEL_METRIC_EXPORT_INTERVAL"] = "100"
+    *settings, start = START_SLOW.splitlines()
+    variables = [line.removeprefix("export ") for line in settings]
+    awaited = {
+        *(code_in(metric)[0] for metric, *_ in ROWS),
+        "kafka.consumer.records_lag",
+    }
+    with programs.running(" ".join(["env", *variables, start])):
+        programs.run(START_SEND)
+        spans = receiver.get_spans(20, DEADLINE)
+        measured: set[str] = set()
+        while not measured >= awaited:
+            measured.add(receiver.get_metric(DEADLINE).metric.name)
+    sent, processed = (
+        [each.span for each in spans if each.span.name == f"{name} {topic}"]
+        for name in ("send", "process")
+    )
+    assert len(sent) == len(processed) == 10
+    waited = [attribute(span, "kafka.record.queue_time_ms") for span in processed]
+    assert all(value.HasField("int_value") for value in waited)
+    # Each order waits for the work on those before it.
+    assert all(
+        earlier.end_time_unix_nano <= later.start_time_unix_nano
+        for earlier, later in pairwise(processed)
+    )
+    assert re.findall(r"^(\w+) +(\w+) orders", SLOW_TRACE, re.MULTILINE) == [
+        ("shop", "send"),
+        ("worker", "process"),
+    ]
 
 
 def test_traces_go_to_a_backend_on_this_machine(

@@ -12,6 +12,7 @@ import kafka.errors
 import pytest
 from kafka import KafkaConsumer
 from opentelemetry.instrumentation.kafka import KafkaInstrumentor
+from opentelemetry.instrumentation.kafka import package as contrib_package
 from opentelemetry.sdk.trace import ReadableSpan
 
 from clients import (
@@ -326,6 +327,12 @@ def test_the_contrib_package_emits_what_the_migration_starts_from(
         assert scope is not None
         assert f"`{scope.name}`" in PAGES["migration"]
         assert str(scope.schema_url).endswith("/1.11.0")
+
+
+@pytest.mark.one_client
+def test_the_contrib_package_takes_no_kafka_python_ng() -> None:
+    assert [name for name in contrib_package._instruments if "-ng" in name] == []
+    assert "no longer support kafka-python-ng" in PAGES["migration"]
 
 
 def test_the_migration_leads_to_what_is_emitted() -> None:

@@ -6,8 +6,9 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import kafka.errors
@@ -484,36 +485,61 @@ def test_a_group_that_starts_again_commits_nothing_new(
     assert measured(recorder) == 2
 
 
+@pytest.fixture
+def refused() -> Callable[[], AbstractContextManager[Any]]:
+    """Has all commits refused; no broker does at a moment that is known."""
+    error = kafka.errors.GroupAuthorizationFailedError()
+
+    async def refuse_later(*_: Any) -> Any:
+        raise error
+
+    refuse = refuse_later if VERSION >= (3, 0) else lambda *_: Future().failure(error)
+
+    @contextlib.contextmanager
+    def refusing() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(ConsumerCoordinator, "_send_offset_commit_request", refuse)
+            yield
+
+    return refusing
+
+
 @pytest.mark.parametrize("traced", [True, False], ids=["traced", "suppressed"])
 def test_a_commit_that_failed_has_moved_nothing(
     instrumented: None,
     clients: Clients,
     recorder: Recorder,
     topic: str,
-    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[[], AbstractContextManager[Any]],
     traced: bool,
 ) -> None:
     clients.send(b"1")
     consumer = clients.consumer(group_id=topic)
     poll(consumer)
-    error = kafka.errors.GroupAuthorizationFailedError(topic)
-
-    # No broker refuses a commit at a moment that is known.
-    async def refuse_later(*_: Any) -> Any:
-        raise error
-
-    refuse = refuse_later if VERSION >= (3, 0) else lambda *_: Future().failure(error)
-    with monkeypatch.context() as patch:
-        patch.setattr(ConsumerCoordinator, "_send_offset_commit_request", refuse)
-        with (
-            contextlib.nullcontext() if traced else suppress_instrumentation(),
-            pytest.raises(kafka.errors.GroupAuthorizationFailedError),
-        ):
-            consumer.commit()
+    with refused(), contextlib.nullcontext() if traced else suppress_instrumentation():
+        consumer.commit()
     consumer.commit()
     last = recorder.named(f"commit {topic}")[-1]
     assert last.status.status_code is StatusCode.UNSET
     assert len(commits(recorder)) == (2 if traced else 1)
+
+
+def test_a_commit_that_would_move_nothing_fails_without_a_trace_of_the_next(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    refused: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll_records(consumer, 1)
+    consumer.commit()
+    with refused():
+        consumer.commit()
+    consumer.commit()
+    assert len(commits(recorder)) == 1
+    assert measured(recorder) == 3
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["offsets", "no offsets"])

@@ -110,9 +110,10 @@ class Commit(PendingOperation):
         coordinator: The coordinator of the consumer.
         ledger: The ledger of the consumer's commits.
         offsets: What is committed.
+        moves: Whether that may move what the broker has.
     """
 
-    __slots__ = ("_coordinator", "_ledger", "_offsets")
+    __slots__ = ("_coordinator", "_ledger", "_moves", "_offsets")
 
     def __init__(
         self,
@@ -122,10 +123,13 @@ class Commit(PendingOperation):
         coordinator: Any,
         ledger: CommitLedger,
         offsets: Offsets,
+        *,
+        moves: bool,
     ) -> None:
         self._coordinator = weakref.ref(coordinator)
         self._ledger = ledger
         self._offsets = offsets
+        self._moves = moves
         super().__init__(template, span, started)
         ledger.committed.update(offsets)
 
@@ -138,8 +142,12 @@ class Commit(PendingOperation):
             self.end()
 
     def fail(self, error: BaseException | None) -> None:
-        """Record why it fails: what the broker has now is not known."""
-        self._ledger.forget(self._offsets)
+        """Record why it fails: what the broker has now is not known.
+
+        Unless another commit of the same offsets came before it.
+        """
+        if self._moves:
+            self._ledger.forget(self._offsets)
         super().fail(error)
 
     def _end_succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
@@ -358,13 +366,13 @@ class CommitWrappers:
         started = time.time_ns(), time.monotonic_ns()
         span = None
         # Many programs commit after each poll, which mostly has brought nothing.
-        moves = given is None or offsets.items() - ledger.committed.items()
+        moves = given is None or bool(offsets.items() - ledger.committed.items())
         if moves and config.commit_spans in (("all",) if auto else ("all", "manual")):
             attributes = template.attributes | _offset_attributes(partition, offsets)
             span = telemetry.start_span(
                 template, SpanKind.CLIENT, started, attributes, context
             )
-        return Commit(template, span, started, instance, ledger, offsets)
+        return Commit(template, span, started, instance, ledger, offsets, moves=moves)
 
 
 def _offset_attributes(partition: int | None, offsets: Offsets) -> Attributes:

@@ -826,12 +826,26 @@ def test_a_sampler_keeps_a_fraction_of_traces_and_all_metrics(
     assert "messaging.client.sent.messages" in measured
 
 
-def test_the_collector_that_samples_uses_what_it_configures() -> None:
-    config = yaml.safe_load(example("sampling", "tail_sampling", "yaml"))
+ZIPKIN = example("see-traces", "peer.service", "yaml")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [example("sampling", "tail_sampling", "yaml"), ZIPKIN],
+    ids=["sampling", "Zipkin"],
+)
+def test_the_collector_uses_what_it_configures(code: str) -> None:
+    config = yaml.safe_load(code)
     (pipeline,) = config["service"]["pipelines"].values()
     assert {kind: set(parts) for kind, parts in pipeline.items()} == {
         kind: set(config[kind]) for kind in pipeline
     }
+
+
+def test_the_example_of_a_collector_has_the_processor_for_zipkin() -> None:
+    ours = yaml.safe_load((ROOT / "examples" / "collector.yaml").read_text())
+    for kind, name in (("processors", "attributes/zipkin"), ("exporters", "zipkin")):
+        assert ours[kind][name] == yaml.safe_load(ZIPKIN)[kind][name]
 
 
 SEND_TEN = example("bottlenecks", "KafkaProducer(")

@@ -188,6 +188,7 @@ def test_every_keyword_reaches_what_it_sets(
         "instruments any of",
         "is not a variable of otel-kafka-python",
         "instrument() has no keyword",
+        "of kafka_python, which has no such setting",
         "but should be",
         "process_span() takes a record, a sequence of records, or the dict that poll()",
         "the application is not affected",

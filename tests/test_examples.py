@@ -136,6 +136,33 @@ def test_an_application_without_a_line_of_telemetry_is_traced(broker: Any) -> No
     )
 
 
+def test_a_configuration_file_says_how_an_application_is_traced(broker: Any) -> None:
+    comment = (EXAMPLES / "configuration.yaml").read_text().partition("#\n# It")[0]
+    (command,) = re.findall(r"#\n((?:# {5}.*\n)+)", comment)
+    done = subprocess.run(
+        ["sh", "-c", command.replace("#     ", "")],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=TIMEOUT,
+        env={**environ(broker), "SERVICE_NAME": "branch"},
+    )
+    spans = []
+    rest = done.stdout.replace("shipping a lamp", "").lstrip()
+    while rest:
+        span, end = json.JSONDecoder().raw_decode(rest)
+        spans.append(span)
+        rest = rest[end:].lstrip()
+    send, process = spans
+    assert (send["name"], process["name"]) == ("send zero-code", "process zero-code")
+    assert process["parent_id"] is None
+    (link,) = process["links"]
+    assert link["context"]["span_id"] == send["context"]["span_id"]
+    assert "messaging.kafka.message.key" not in send["attributes"]
+    assert send["resource"]["attributes"]["service.name"] == "branch"
+
+
 def test_hooks_add_attributes_and_the_output_is_that_of_the_readme(broker: Any) -> None:
     (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     printed = run("manual_hooks", broker)

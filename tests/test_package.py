@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 import otel_kafka_python
 from otel_kafka_python import KafkaPythonInstrumentor, package
-from otel_kafka_python._instrumentor import take_over
+from otel_kafka_python._instrumentor import begin_launch, take_over
 
 SOURCE = Path(otel_kafka_python.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,8 @@ def test_the_entry_points_are_ours() -> None:
         group="opentelemetry_instrumentor", name="kafka_python"
     )
     assert instrumentor.load() is KafkaPythonInstrumentor
+    (pre,) = entry_points(group="opentelemetry_pre_instrument", name="kafka_python")
+    assert pre.load() is begin_launch
     (post,) = entry_points(group="opentelemetry_post_instrument", name="kafka_python")
     assert post.load() is take_over
 

@@ -28,7 +28,7 @@ The modules, from the outside in; each imports only from those below it:
     _attributes        pure functions from facts to attributes and span names
     _clients           the registry of living clients, and what is kept for each
     _kafka             kafka-python's insides and version differences; no state
-    _config            the settings; the only reader of environment variables
+    _config            the settings; the only reader of variables and files
     _semconv           the names, and the release of the conventions they are from
     _safety            how failures of telemetry are kept from the application
     package            what OpenTelemetry's tooling reads

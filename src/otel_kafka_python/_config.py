@@ -1,12 +1,12 @@
 """The settings: one frozen object, read once from keywords and the environment.
 
-This is the only module that reads environment variables.
+This is the only module that reads environment variables, and the configuration file.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from opentelemetry.trace import Span
 
-from otel_kafka_python._safety import logger
+from otel_kafka_python._safety import logger, report
 
 ProduceHook = Callable[[Span, tuple[Any, ...], dict[str, Any]], object]
 """Called as `produce_hook(span, args, kwargs)`, with the arguments of `send`."""
@@ -24,6 +24,7 @@ ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
 
 _VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
 _EXCEPTION_SIGNAL_VARIABLE = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
+_FILE_VARIABLE = "OTEL_CONFIG_FILE"
 
 ProcessParent = Literal["message", "none"]
 CommitSpans = Literal["manual", "all", "none"]
@@ -122,9 +123,10 @@ class Config:
         return _captures(self.capture_headers, header)
 
 
+_HINTS = get_type_hints(Config, include_extras=True)
 _PARSERS: dict[str, Callable[[object], object]] = {
     name: hint.__metadata__[0]
-    for name, hint in get_type_hints(Config, include_extras=True).items()
+    for name, hint in _HINTS.items()
     if hasattr(hint, "__metadata__")
 }
 _VARIABLES = {
@@ -132,6 +134,31 @@ _VARIABLES = {
     for name, parse in _PARSERS.items()
     if parse is not _hook
 }
+
+
+class _FoundInFile:
+    """Takes whatever the SDK has found: for an unknown name it would give up."""
+
+    def __init__(self, **found: object) -> None:
+        for name in _VARIABLES:
+            setattr(self, name, found.pop(name, None))
+        for name in found:
+            logger.warning(
+                "the configuration file sets %s of kafka_python, which has no such "
+                "setting; it is ignored%s",
+                name,
+                _did_you_mean(name, {name: name for name in _VARIABLES}),
+            )
+
+
+# The settings as the SDK reads them from its configuration file and passes them on to
+# `instrument()`: None where the file says nothing.
+FileSettings = make_dataclass(
+    "FileSettings",
+    [(name, _HINTS[name] | None, None) for name in _VARIABLES],
+    bases=(_FoundInFile,),
+    init=False,
+)
 
 
 # Asked for each header of each message.
@@ -194,6 +221,24 @@ def load(
                 _did_you_mean(name.lower(), _VARIABLES),
             )
     return Config(**settings)
+
+
+def disabled_in_file(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the SDK's configuration file says `enabled: false` of this package."""
+    path = environ.get(_FILE_VARIABLE)
+    if not path:
+        return False
+    try:
+        from opentelemetry.configuration import load_config_file  # noqa: PLC0415
+    except ImportError:  # then the SDK has not read it either
+        return False
+    try:
+        instrumentation = load_config_file(path).instrumentation_development
+        packages = (instrumentation and instrumentation.python) or {}
+        return not packages.get("kafka_python", {}).get("enabled", True)
+    except Exception:
+        report("read the configuration file")
+        return False
 
 
 def _did_you_mean(name: str, known: Mapping[str, str]) -> str:

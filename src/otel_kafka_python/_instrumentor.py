@@ -41,8 +41,13 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     object, so that nothing is kept in `__init__`.
     """
 
+    # The SDK converts to it what its configuration file says.
+    configuration = _config.FileSettings
+
     _telemetry: Telemetry | None = None
     _layers: list[Layer] = []  # noqa: RUF012 (replaced, never changed)
+    # Whether the next call of `instrument` is the launcher's.
+    _is_launched = False
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """The requirement on the installed one of the distributions of `kafka`."""
@@ -149,6 +154,12 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             **unknown: Any other keyword is ignored, with one warning. Type checkers
                 refuse it.
         """
+        launched, self._is_launched = self._is_launched, False
+        # The SDK has read its configuration file by then, and done what that says.
+        if launched and (
+            self.is_instrumented_by_opentelemetry or _config.disabled_in_file()
+        ):
+            return
         super().instrument(
             tracer_provider=tracer_provider,
             meter_provider=meter_provider,
@@ -239,10 +250,16 @@ def _is_importable(name: str) -> bool:
         return False
 
 
+def begin_launch() -> None:
+    """Note that the launcher is about to load every instrumentation."""
+    KafkaPythonInstrumentor()._is_launched = True
+
+
 def take_over() -> None:
     """Take over from the contrib package once the launcher has loaded everything.
 
     Where that package was loaded after this one, it is outermost then.
     """
+    KafkaPythonInstrumentor()._is_launched = False
     if KafkaPythonInstrumentor().is_instrumented_by_opentelemetry:
         _coexistence.take_over()

@@ -149,6 +149,8 @@ def launch(clients: Clients, *paths: Path, **environ: str) -> tuple[list[str], s
             "OTEL_TRACES_EXPORTER": "none",
             "OTEL_METRICS_EXPORTER": "none",
             "OTEL_LOGS_EXPORTER": "none",
+            # Its handler of the root logger would keep warnings from standard error.
+            "OTEL_PYTHON_LOG_AUTO_INSTRUMENTATION": "false",
             **environ,
         },
     )

@@ -18,7 +18,7 @@ from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Log, Recorder
 from scripts import run
 
-WARNING = "opentelemetry-instrumentation-kafka-python was active, too"
+WARNING = "opentelemetry-instrumentation-kafka-python was active too"
 
 # Sends one message, takes it in a loop, and says who has traced what.
 APPLICATION = """

@@ -4,7 +4,7 @@
 
     KafkaPythonInstrumentor().instrument()
 
-or, with no change to the application, `opentelemetry-instrument python app.py`.
+or, without a change to the application, `opentelemetry-instrument python app.py`.
 
 The modules, from the outside in; each imports only from those below it:
 
@@ -33,14 +33,15 @@ The modules, from the outside in; each imports only from those below it:
     _safety            how failures of telemetry are kept from the application
     package            what OpenTelemetry's tooling reads
 
-An operation (a send, a poll, a commit, the processing of a record) lives so:
+An operation (a send, a poll, a commit, the processing of a record) goes through these
+states:
 
     started ──fail──▶ started, with an error ──end──▶ ended
        │                                               ▲
        ├──end──────────────────────────────────────────┤
        └──dropped──▶ deferred ──abandon────────────────┘
 
-and the scope of a process span so:
+and the scope of a process span through these:
 
     entered ──leave──▶ detached
        │        └────▶ kept, while what the application made current in it lasts

@@ -1,6 +1,6 @@
-"""What happens where OpenTelemetry's contrib package for kafka-python is active too.
+"""Takes over from OpenTelemetry's contrib package for kafka-python if that is active.
 
-Both at once would trace every message twice, so this one takes over.
+Together, the two packages would trace every message twice.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def take_over() -> bool:
     """Uninstrument the contrib package if it is active.
 
     Returns:
-        Whether it was.
+        Whether it was active.
     """
     try:
-        # If nobody has imported it, it cannot be active.
+        # It cannot be active unless it has been imported.
         instrumentor_class = getattr(
             sys.modules.get(_CONTRIB_MODULE), "KafkaInstrumentor", None
         )
@@ -33,10 +33,10 @@ def take_over() -> bool:
         report("take over from opentelemetry-instrumentation-kafka-python")
         return False
     logger.warning(
-        "opentelemetry-instrumentation-kafka-python was active, too, and would have "
-        "traced every message twice; otel-kafka-python has taken over. To be rid of "
-        "this warning, uninstall opentelemetry-instrumentation-kafka-python or set "
-        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=kafka; to keep the other, set "
+        "opentelemetry-instrumentation-kafka-python was active too, and every message "
+        "would have been traced twice; otel-kafka-python has taken over. To avoid this "
+        "warning, uninstall opentelemetry-instrumentation-kafka-python or set "
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=kafka; to keep the other package, set "
         "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=kafka_python"
     )
     return True

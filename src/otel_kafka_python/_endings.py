@@ -1,8 +1,8 @@
 """The ends that nobody calls for: dropped by the collector, forked, at the exit.
 
-A finaliser must not end an operation itself: a collection can strike while this
-thread is inside the SDK, whose locks are not reentrant. It defers the operation,
-and the next one that begins, or the interpreter's exit, abandons it.
+A finaliser must not end an operation itself: a collection can run while this thread is
+inside the SDK, whose locks are not reentrant. So it defers the operation. The next
+operation that begins, or the interpreter's exit, abandons it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from functools import partial
 from typing import Any, cast
 
-# One object for each process, so that a forked child knows what is not its own.
+# One object per process: a forked child recognises operations of its parent by it.
 process = object()
 
 
@@ -23,52 +23,52 @@ class Endable:
 
     __slots__ = ("ended", "process")
 
-    # Whether somebody has ended it, or is about to.
+    # Whether a caller has ended it, or is about to.
     ended: bool
-    # The process that it began in: a parent ends what it has begun.
+    # The process that it began in, which is the one that ends it.
     process: object
 
     def abandon(self, ended: int) -> None:
         """End it because nothing else will any more.
 
         Args:
-            ended: When that was found out, by the monotonic clock, in nanoseconds.
+            ended: When this was detected, by the monotonic clock, in nanoseconds.
         """
         raise NotImplementedError
 
 
-# The operations that finalisers found without an end, and when.
+# The operations that were dropped before their end, and when.
 deferred: deque[tuple[Endable, int]] = deque()
 
-# Has an entry while the garbage collector runs.
+# Has one entry while the garbage collector runs.
 _collections: dict[object, object] = {}
 
 
 class _Phases:
-    """The phases of a collection, as attributes that put the entry in or take it out.
+    """The phases of a collection, as attributes that add or remove the entry.
 
-    None of this is written in Python. A signal that comes during a collection is
-    handled by the first code that is, and what its handler raises in a callback of the
-    collector's would be lost.
+    None of this runs Python code. The first Python code after a signal runs the
+    signal's handler, and an exception that the handler raises in a callback of the
+    collector would be lost.
     """
 
     start = property(None, _collections.__setitem__)
     stop = property(None, cast("Any", _collections.pop))
 
 
-# PyPy's collector does not tell; without reference counts nothing else finalises.
+# PyPy's collector has no callbacks. Without reference counts, only it finalises.
 _collector_tells = hasattr(gc, "callbacks")
 if _collector_tells:
     gc.callbacks.append(partial(setattr, _Phases()))
 
 
 def is_collecting() -> bool:
-    """Whether the garbage collector runs now, as far as it tells."""
+    """Whether the garbage collector runs now, or may run if that is unknown."""
     return bool(_collections) or not _collector_tells
 
 
 def defer(operation: Endable) -> None:
-    """Have an operation that was dropped abandoned later; safe in a finaliser."""
+    """Have a dropped operation abandoned later; safe in a finaliser."""
     if not operation.ended and operation.process is process:
         deferred.append((operation, time.monotonic_ns()))
 
@@ -88,8 +88,8 @@ def abandon_all() -> None:
     abandon_deferred()
     if hasattr(gc, "unfreeze"):
         gc.unfreeze()  # the collector does not list frozen objects
-    # Asking the garbage collector for them costs nothing until now, which a
-    # register of all messages in flight would.
+    # A register of all messages in flight would cost something for each message. The
+    # search among the garbage collector's objects costs nothing before the exit.
     ended = time.monotonic_ns()
     for thing in gc.get_objects():
         if issubclass(type(thing), Endable):

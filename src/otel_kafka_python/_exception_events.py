@@ -1,7 +1,7 @@
-"""Where the exceptions that operations fail with are recorded.
+"""Where the exceptions of failed operations are recorded.
 
-They are events of their spans, as people expect, and log events where
-`OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` asks for them.
+They are events of their spans by default, as people expect, and log events if
+`OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` enables them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from otel_kafka_python._safety import raise_signalled
 from otel_kafka_python._semconv import SCHEMA_URL
 from otel_kafka_python.package import __version__
 
-# Since 1.42 of the API a log record takes the exception itself.
+# From version 1.42 of the API, a log record takes the exception itself.
 _TAKES_EXCEPTIONS = "exception" in signature(LogRecord.__init__).parameters
 
 
@@ -40,7 +40,7 @@ class ExceptionEvents:
     def __init__(self, config: Config, provider: LoggerProvider | None) -> None:
         self._on_spans = config.span_exceptions
         self._logger = None
-        # Even a span that is not sampled calls for that.
+        # An unsampled span's exceptions are logged, too.
         self.are_logged = config.log_exceptions
         if config.log_exceptions:
             self._logger = get_logger(
@@ -50,10 +50,10 @@ class ExceptionEvents:
     def record(
         self, span: Span | None, operation_type: str, error: BaseException
     ) -> None:
-        """Record what an operation failed with.
+        """Record the exception that an operation failed with.
 
         Args:
-            span: Its span, which need not be sampled, if it has one.
+            span: Its span, sampled or not, or None if it has none.
             operation_type: Its `messaging.operation.type`.
             error: The exception.
         """
@@ -86,9 +86,9 @@ class ExceptionEvents:
 
 
 def _itself(error: BaseException) -> dict[str, Any]:
-    """The exception as an argument of a log record, where that takes it.
+    """The exception as an argument of a log record, if log records take it.
 
-    The SDK asks it what it says, and loses the record if it cannot.
+    The SDK calls `str` on it, and loses the record if `str` raises.
     """
     try:
         str(error)

@@ -1,12 +1,12 @@
 """How a failure of telemetry is kept away from the application.
 
-Whatever this package calls that is not kafka-python (the OpenTelemetry API and
-the SDK behind it, propagators, hooks) may raise. Such a call stands in a `try`
-whose `except` calls `report`: the failure is logged once for each kind, not
-once for each message, and the application goes on as without this package.
+The OpenTelemetry API, the SDK behind it, propagators and hooks may raise. A call to
+any of them stands in a `try` whose `except` calls `report`: the failure is logged
+once per kind, not once per message, and the application continues as it would without
+this package.
 
-A signal can strike in there, too. What its handler raises (a time limit, say) is
-the application's own, and `report` raises it on.
+A signal can arrive during such a call. An exception that its handler raises (for
+example, for a time limit) belongs to the application, and `report` raises it again.
 """
 
 import logging
@@ -24,21 +24,21 @@ _reported: set[object] = set()
 
 
 def report(action: str) -> None:
-    """Log the exception being handled, the first time that `action` fails so.
+    """Log the exception being handled, the first time that `action` fails this way.
 
     Args:
-        action: What was being done, as the end of "Failed to …".
+        action: The failed action, which completes "Failed to …".
 
     Raises:
-        Exception: What a signal handler has raised. So what is to be done in any
-            case has to be done before, or in a `finally`.
+        Exception: The exception of a signal handler. So a caller does everything that
+            must be done before this call, or in a `finally`.
     """
     raise_signalled()
     if not is_new((action, sys.exc_info()[0])):
         return
-    # As text: a log handler that keeps its records would otherwise keep the frames
-    # of the traceback alive, and with them the iterator of a loop that has ended.
-    # That a log handler raises, or the stack is full, is no reason to raise either.
+    # The traceback is logged as text: a log handler that keeps its records would
+    # otherwise keep the frames alive, and with them the iterator of an ended loop.
+    # The log handler may raise, or the stack may be full; neither must be raised.
     try:
         logger.warning(
             "Failed to %s; the application is not affected, and further failures "
@@ -51,10 +51,10 @@ def report(action: str) -> None:
 
 
 def raise_signalled() -> None:
-    """Raise the exception being handled on if a signal handler has raised it.
+    """Raise the exception being handled again if a signal handler raised it.
 
-    Then its traceback has the frame of a handler, which is looked for among those
-    that are installed: that costs nothing while nothing fails.
+    The traceback of such an exception has the frame of an installed handler. The search
+    for that frame costs nothing while nothing fails.
     """
     error = sys.exc_info()[1]
     if error is None:
@@ -84,7 +84,7 @@ def _handlers() -> Iterator[CodeType]:
 
 
 def is_new(kind: object) -> bool:
-    """Whether a warning of this kind is the first, which is the only one logged."""
+    """Whether a warning is the first of its kind. Only the first is logged."""
     if kind in _reported:
         return False
     _reported.add(kind)
@@ -92,7 +92,7 @@ def is_new(kind: object) -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """What an exception says, or its class where it cannot."""
+    """The message of an exception, or the name of its class if `str` raises."""
     try:
         return str(error)
     except Exception:
@@ -101,7 +101,7 @@ def text_of(error: BaseException) -> str:
 
 
 def call_hook(name: str, hook: Callable[..., object], *arguments: Any) -> None:
-    """Call a hook of the application's; what it raises is logged, not raised."""
+    """Call a hook of the application; its exceptions are logged, not raised."""
     try:
         hook(*arguments)
     except Exception:

@@ -1,9 +1,9 @@
 """The names this package emits, and the release of the conventions they are from.
 
-Attributes that the conventions call stable come from the installed
-`opentelemetry-semantic-conventions`. The messaging attributes are still in
-development there, and that package is released behind the specification, so
-they stand here; a test holds every one against the facts of the release.
+Stable attributes come from the installed `opentelemetry-semantic-conventions`. The
+messaging attributes are still in development, and that package is released later than
+the specification, so they are defined here. A test compares each of them with the facts
+of the release.
 """
 
 from typing import Final
@@ -85,20 +85,20 @@ DURATION_BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 )  # fmt: skip
 
-# Outside the convention, with the names that the Java agent has for them.
+# Not in the conventions: the names are those of the Java agent.
 MESSAGING_HEADER_PREFIX: Final = "messaging.header."
 KAFKA_RECORD_QUEUE_TIME_MS: Final = "kafka.record.queue_time_ms"
 
-# Our own, named after it; a queue can be from milliseconds to days behind.
+# Our own, named after the attribute above. A queue can be milliseconds or days behind.
 KAFKA_RECORD_QUEUE_TIME: Final = "kafka.record.queue_time"
 QUEUE_TIME_BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
     60.0, 300.0, 1800.0, 7200.0, 43200.0, 86400.0,
 )  # fmt: skip
 
-# The convention's value of `error.type` for an error that is not known.
+# The conventions' value of `error.type` for an unknown error.
 ERROR_OTHER: Final = "_OTHER"
 
-# Our own value of `error.type`: the future was dropped, or the interpreter left,
-# before the broker had answered.
+# Our own value of `error.type`: the future was dropped, or the interpreter exited,
+# before the broker answered.
 OUTCOME_UNKNOWN: Final = "outcome_unknown"

@@ -1,8 +1,8 @@
-"""How the span of an answered request ends: nothing foreign may hold up the answers.
+"""How the span of an answered request ends without delaying other answers.
 
-kafka-python calls back with the answers on its I/O thread. A span processor that
-exports a span as it ends, and waits for a collector that hangs, would hold up all
-messages of the producer, until they expire. Such spans end on a thread of ours.
+kafka-python calls back with the answers on its I/O thread. If a span processor exports
+each span as it ends and waits for a collector that hangs, it delays all messages of the
+producer until they expire. Such spans end on a thread of this package.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from opentelemetry.trace import Span
 
 from otel_kafka_python._safety import report
 
-# As many as a BatchSpanProcessor keeps by default.
+# The default queue size of a BatchSpanProcessor.
 _MOST_WAITING = 2048
 _SECONDS_AT_EXIT = 5.0
 
 
 class _Ender:
-    """The thread that ends spans, and those that wait for it."""
+    """The thread that ends spans, and the spans that wait for it."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[Span, int]] = queue.Queue(_MOST_WAITING)
         self._takes_more = True
-        # Its end comes before that of a provider, whose handler is older.
+        # This handler is newer than the provider's, so it runs first.
         atexit.register(self._stop)
         name = "otel-kafka-python-span-ends"
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end(self, span: Span, ended: int) -> None:
-        """End a span soon, in the order of these calls."""
+        """End a span soon, in the order of the calls."""
         if self._takes_more:
             self._waiting.put_nowait((span, ended))
         else:
@@ -61,25 +61,25 @@ class _Ender:
 
 _ender: _Ender | None = None
 _lock = threading.Lock()
-# The processors that the last span had, and whether they may block.
+# The processors of the last span, and whether they may block.
 _known: tuple[object, bool] = (None, False)
 
 
 def end_span(span: Span, ended: int) -> None:
-    """End a span, on another thread where its processors may block this one.
+    """End a span, on another thread if its processors may block this one.
 
     Args:
         span: The span.
         ended: When it ended, in nanoseconds since the epoch.
     """
     global _known  # noqa: PLW0603 (a cache of one entry)
-    # A span that is not the SDK's, or not recorded, has none.
+    # A span that is not recorded, or not the SDK's, has no processor.
     own: Any = getattr(span, "_span_processor", None)
     if own is None:
         span.end(ended)
         return
     known = _known
-    # The tuple is another one whenever a processor is added.
+    # Adding a processor replaces the tuple.
     if known[0] is not own._span_processors:
         known = _known = own._span_processors, _exports_at_once(own)
     if known[1]:
@@ -89,14 +89,14 @@ def end_span(span: Span, ended: int) -> None:
 
 
 def _exports_at_once(processor: Any) -> bool:
-    """Whether a processor of the SDK's exports each span as it ends, to elsewhere."""
+    """Whether an SDK processor exports each span as it ends, out of the process."""
     parts = getattr(processor, "_span_processors", None)
     if parts is not None:
         return any(map(_exports_at_once, parts))
     sdk = sys.modules.get("opentelemetry.sdk.trace.export")
     if sdk is None or not isinstance(processor, sdk.SimpleSpanProcessor):
         return False
-    # Those of the SDK itself write to the memory and to the console.
+    # The SDK's own exporters write to memory or to the console.
     exporter = type(getattr(processor, "span_exporter", None))
     return not exporter.__module__.startswith("opentelemetry.sdk.")
 

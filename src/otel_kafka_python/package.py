@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-# Both distributions own the import package `kafka`, so only one of them is ever
-# wanted: nothing is required of all, either of the two is enough.
+# Both distributions own the import package `kafka`, so an application has only one of
+# them. Neither is required, and either is enough.
 _instruments: tuple[str, ...] = ()
 _instruments_any = (
     "kafka-python >= 2.0.2, < 4.0",

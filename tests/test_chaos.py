@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -40,7 +41,6 @@ from otel_kafka_python import (
     _propagation,
     process_span,
 )
-from otel_kafka_python._processing import iterators
 from otel_kafka_python._processing import process_span as process_span_module
 from recorder import Log, Recorder, RecordingSampler
 
@@ -183,11 +183,19 @@ def name_of(site: Site) -> str:
     return f"{module}.{site.function}: {site.name}{number}"
 
 
+class TimeLimit(Exception):  # noqa: N818 (a limit, as libraries name it)
+    """What a handler of a signal raises."""
+
+
+def raise_limit(*_: object) -> None:
+    raise TimeLimit
+
+
 class Chaos:
     """Raises in a call, as long as it lasts.
 
     Args:
-        error: What is raised.
+        error: What is raised; a `TimeLimit` by a handler of a signal.
         times: How often at the most.
         on_main: Whether only on the main thread, or only on others; None: on all.
     """
@@ -208,6 +216,8 @@ class Chaos:
         is_main = threading.current_thread() is threading.main_thread()
         if self._on_main in {None, is_main} and self.struck < self._times:
             self.struck += 1
+            if self._error is TimeLimit:
+                signal.raise_signal(signal.SIGUSR1)
             raise self._error("chaos")
 
     def around(self, original: Any, site: Site | None) -> Any:
@@ -316,8 +326,8 @@ class Service:
             except BaseException as error:
                 # Up to 2.3 a future whose callback is interrupted at once, whoever's
                 # it is, raises what its lock has to say of that.
-                hidden = isinstance(error.__context__, KeyboardInterrupt)
-                seen.append(KeyboardInterrupt if hidden else type(error))
+                hidden = isinstance(error.__context__, KeyboardInterrupt | TimeLimit)
+                seen.append(type(error.__context__ if hidden else error))
             told.append((step.__name__, seen))
         return told
 
@@ -420,13 +430,16 @@ class Service:
 
     def leaves_a_span_current(self, seen: list[Any]) -> None:
         token = context.attach(context.get_current())
-        for _ in range(2):
-            self.consumer.seek(self.partition, 0)
-            for record in self.consumer:
-                seen.append(self._told(record))
-                context.attach(trace.set_span_in_context(trace.INVALID_SPAN))
-                break
-        context.detach(token)
+        try:
+            for _ in range(2):
+                self.consumer.seek(self.partition, 0)
+                for record in self.consumer:
+                    seen.append(self._told(record))
+                    left = context.set_value("left", object())
+                    context.attach(trace.set_span_in_context(trace.INVALID_SPAN, left))
+                    break
+        finally:
+            context.detach(token)
 
     def forgets_a_loop(self, seen: list[Any]) -> None:
         def forget() -> None:
@@ -591,6 +604,13 @@ def settings(recorder: Recorder) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
+def _signals_are_handled() -> Iterator[None]:
+    handler = signal.signal(signal.SIGUSR1, raise_limit)
+    yield
+    signal.signal(signal.SIGUSR1, handler)
+
+
+@pytest.fixture(autouse=True)
 def _exceptions_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN", "logs/dup")
 
@@ -609,6 +629,11 @@ def instrumented(**settings: Any) -> Iterator[None]:
 
 def first_lines(log: Log) -> list[str]:
     return [message.splitlines()[0] for message in log.take()]
+
+
+def is_last_resort(site: Site) -> bool:
+    """Whether nothing else can restore a context where this call fails."""
+    return site.function in {"_make_current", "_leave"} and site.name != "get_current"
 
 
 class ChaosError(Exception):
@@ -688,25 +713,25 @@ def test_a_call_that_raises_changes_nothing_and_is_logged_once(
     logged = first_lines(log)
     assert logged
     assert len(set(logged)) == len(logged)
-    # Nobody else can do the work of these.
-    if site.name != "detach" and (site.module, site.function) != (iterators, "close"):
+    if not is_last_resort(site):
         assert here.run(context.get_current) == before
     # A call that should have ended a span is the only one that leaves it open.
     assert site.name == "end" or recorder.open() == []
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TimeLimit])
 @pytest.mark.parametrize("site", SITES, ids=name_of)
 def test_an_interrupt_in_a_call_reaches_the_application_and_breaks_nothing(
     service: Service,
     plain: list[Any],
     site: Site,
+    interrupt: type[BaseException],
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder = Recorder()
     here = contextvars.copy_context()
     before = context.get_current()
-    interrupt = KeyboardInterrupt
     struck = 0
     ignored: list[Any] = []
     monkeypatch.setattr(
@@ -726,7 +751,10 @@ def test_an_interrupt_in_a_call_reaches_the_application_and_breaks_nothing(
             # is left) Python ignores, and nobody can change that.
             interrupts = [each for each in [*seen, *ignored] if each is interrupt]
             ignored.clear()
-            assert len(interrupts) == chaos.struck, name
+            # kafka-python logs an Exception out of a callback that it calls at once.
+            in_callback = interrupt is TimeLimit and step is Service.transacts
+            if not (in_callback and site.function in {"_enter", "_leave"}):
+                assert len(interrupts) == chaos.struck, name
             told.append((name, seen))
         return told
 
@@ -747,7 +775,7 @@ def test_an_interrupt_in_a_call_reaches_the_application_and_breaks_nothing(
             break
     log.take()
     assert struck
-    if site.name != "detach":
+    if not is_last_resort(site):
         assert here.run(context.get_current) == before
 
 
@@ -805,3 +833,22 @@ def test_a_part_behind_the_api_that_raises_changes_nothing_and_is_logged_once(
     logged = first_lines(log)
     assert logged
     assert len(set(logged)) == len(logged)
+
+
+def test_where_no_context_can_be_detached_that_around_a_scope_is_restored(
+    service: Service, plain: list[Any], log: Log
+) -> None:
+    """OpenTelemetry logs that itself, each time."""
+    chaos = Chaos(ChaosError)
+    here = contextvars.copy_context()
+    before = context.get_current()
+    expected = [told for told in plain if told[0] in {"loops", "loops_over_a_batch"}]
+    with (
+        instrumented(tracer_provider=Recorder().tracer_provider),
+        chaos.at((ContextVarsRuntimeContext, "detach")),
+    ):
+        told = here.run(service.story, Service.loops, Service.loops_over_a_batch)
+    assert told == expected
+    assert here.run(context.get_current) == before
+    assert chaos.struck > 1
+    assert set(first_lines(log)) == {"Failed to detach context"}

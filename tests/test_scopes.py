@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -34,6 +35,7 @@ from clients import Clients, poll
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python._processing.scopes import innermost
 from recorder import Recorder, attributes_of
 
 COUNT = 6
@@ -545,6 +547,22 @@ def test_an_iterator_dropped_on_another_thread_ends_its_span_and_touches_no_cont
     assert [span.is_recording() for span in currents] == [False]
 
 
+def test_a_scope_that_its_own_thread_leaves_meanwhile_raises_nothing_elsewhere(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    iterator: Any = iter(produced.consumer())
+    for _ in iterator:
+        break
+    elsewhere = contextvars.copy_context()
+    span = trace.get_current_span()
+    # As its own thread does, between two steps of the other one.
+    innermost.reset(iterator._scope._marker)
+    assert elsewhere.run(next, iterator).offset == 1
+    assert elsewhere.run(trace.get_current_span) is span
+    assert not span.is_recording()
+    context.attach(context.Context())
+
+
 def test_limit_a_kept_iterator_holds_its_last_scope_until_it_goes_on(
     produced: Clients, instrumented: None, recorder: Recorder, topic: str
 ) -> None:
@@ -878,16 +896,94 @@ def test_a_span_of_the_applications_that_outlasts_a_round_stays_current(
     assert recorder.open() == []
 
 
-def test_a_context_that_the_body_attached_and_left_so_goes_with_its_round(
+def test_what_the_body_attached_stays_without_the_span_of_its_round(
     produced: Clients, instrumented: None, recorder: Recorder
 ) -> None:
-    for record in produced.finite(COUNT):
-        assert baggage.get_all() == {}
-        span: Any = trace.get_current_span()
-        assert span.attributes["messaging.kafka.offset"] == record.offset
-        context.attach(baggage.set_baggage("offset", record.offset))
-    assert baggage.get_all() == {}
+    def consume() -> None:
+        attached: dict[str, object] = {}
+        for record in produced.finite(3):
+            span: Any = trace.get_current_span()
+            assert span.attributes["messaging.kafka.offset"] == record.offset
+            assert span.parent.is_remote
+            assert attached.items() <= context.get_current().items()
+            key = context.create_key("key")
+            attached[key] = record.offset
+            context.attach(context.set_value(key, record.offset))
+        assert context.get_current() == attached
+
+    contextvars.copy_context().run(consume)
+
+
+@pytest.mark.parametrize("span", [trace.INVALID_SPAN, None], ids=["span", "value"])
+@pytest.mark.parametrize("parent", [False, True], ids=["root", "under a span"])
+def test_what_the_body_attached_is_detached_after_the_loop(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    span: trace.Span | None,
+    parent: bool,
+) -> None:
+    """No span that has ended is current again."""
+    key = context.create_key("tenant")
+    around = contextlib.ExitStack()
+    with around:
+        if parent:
+            around.enter_context(recorder.tracer.start_as_current_span("around"))
+        before, tokens = {**context.get_current()}, []
+        for _ in produced.finite(3):
+            attached = context.set_value(key, "7")
+            if span is not None:
+                attached = trace.set_span_in_context(span, attached)
+            tokens.append(context.attach(attached))
+        for token in reversed(tokens):
+            assert {**context.get_current()} == {**before, key: "7"}
+            context.detach(token)
+            # That of the loop's next round came upon it.
+            assert trace.get_current_span().is_recording() == parent
+        assert {**context.get_current()} == before
+        assert context.get_value(key) is None
+
+
+def test_blocks_that_the_body_enters_are_left_after_the_loop(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in produced.finite(1):
+            for name in ("unit", "part"):
+                stack.enter_context(recorder.tracer.start_as_current_span(name))
+        assert trace.get_current_span().is_recording()
     assert trace.get_current_span() is trace.INVALID_SPAN
+    with recorder.tracer.start_as_current_span("later"):
+        pass
+    assert recorder.one("later").parent is None
+    process, unit = recorder.one(f"process {topic}"), recorder.one("unit")
+    assert unit.parent == process.context
+    assert recorder.one("part").parent == unit.context
+
+
+def test_a_task_that_began_in_a_body_keeps_its_span(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    async def work() -> None:
+        await left.wait()
+        baggage.set_baggage("copies", "what is current")
+        with recorder.tracer.start_as_current_span("work"):
+            pass
+
+    async def consume() -> None:
+        for _ in produced.finite(1):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(0)
+            token = context.attach(context.set_value("tenant", "7"))
+        context.detach(token)
+        assert trace.get_current_span() is trace.INVALID_SPAN
+        left.set()
+        await task
+
+    left = asyncio.Event()
+    asyncio.run(consume())
+    process = recorder.one(f"process {topic}")
+    assert recorder.one("work").parent == process.context
 
 
 def test_limit_an_inner_loop_that_moves_the_outer_on_has_no_current_span(

@@ -20,11 +20,7 @@ from otel_kafka_python._processing.loops import (
     is_loop,
     references_to_stops,
 )
-from otel_kafka_python._processing.scopes import (
-    Scope,
-    context_for_left,
-    detach_left,
-)
+from otel_kafka_python._processing.scopes import Scope, undo_left
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Telemetry, TracedClient
@@ -254,12 +250,8 @@ class HeldScopes:
         if held is not None:
             held.close()
         try:
-            # A scope that could not be detached then can perhaps be now.
-            detach_left()
-            current = otel_context.get_current()
-            around = context_for_left(current)
-            if around is not current:
-                otel_context.attach(around)
+            # One that was closed elsewhere can be undone here.
+            undo_left()
         except Exception:
             report("restore the context after a process span")
 

@@ -5,16 +5,16 @@ The scope of a process span is the body of the loop over a record, or of a
 scope is left in the order in which loops end, which is not always the order in
 which they began, and the application may have made something else current in it:
 
-    scope                      the application made current in it   when it is left
-    -------------------------  -----------------------------------  ---------------
-    bounded by a block         nothing, or a span that has ended    detached
-    bounded by a block         a span that lasts                    kept until that ends
-    held by `next`             nothing                              detached
-    held by `next`             anything                             unlinked
-    of another context         anything                             untouched
+    the application made current in it   when it is left
+    -----------------------------------  ----------------------------------------
+    nothing                              the context around it is restored
+    values                               these stay, upon the context around it
+    a span that lasts                    that stays as it is
+    a span that does not                 it goes, in a scope that a block bounds
 
-An unlinked scope stays current where the application has built upon it, and the
-context around it stands for it.
+Whoever made something current may restore the context of the scope later. So that
+context stands for the one around it as soon as the scope is left. Another context
+(a task's, a thread's) is never touched: its copy of the scope stays as it is.
 """
 
 from __future__ import annotations
@@ -45,10 +45,35 @@ THREADS_INHERIT = bool(getattr(sys.flags, "thread_inherit_context", False))
 innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
 
 
+# What `reset` raises of a token of another context, and of one that is used up.
+_REFUSALS = (ValueError, RuntimeError)
+
 # Under this key the context of a scope has the messages that it accounts for, so
 # that a send knows which are being processed, whatever other spans are current in
 # between.
 _MESSAGES_KEY = otel_context.create_key("otel-kafka-python-messages")
+
+
+class _LeftContext(Context):
+    """The context of a scope that was left while something else was current.
+
+    It has become the one around the scope, but in copies that were made in the scope
+    (a task's), where it is what it was.
+    """
+
+    inside: Context
+
+    def get(self, key: str, default: object = None) -> Any:
+        return dict.get(self._here(), key, default)
+
+    def copy(self) -> dict[str, object]:
+        return dict(self._here())
+
+    def _here(self) -> Context:
+        scope, messages = innermost.get(None), self.inside[_MESSAGES_KEY]
+        while scope is not None and scope.messages is not messages:
+            scope = scope._below
+        return self if scope is None else self.inside
 
 
 class ScopeMessages:
@@ -64,7 +89,7 @@ class ScopeMessages:
             it accounts for.
     """
 
-    __slots__ = ("_created", "_links", "around", "left_in", "outer", "records")
+    __slots__ = ("_created", "_links", "outer", "records")
 
     def __init__(
         self, records: Sequence[Record], links: Sequence[Link], context: Context
@@ -72,10 +97,6 @@ class ScopeMessages:
         self.records = records
         self.outer: Any = context.get(_MESSAGES_KEY) if context else None
         self._links = links
-        # Set when the scope is left while it is covered and nothing bounds it: whoever
-        # covered it restores this context, for which that around it stands.
-        self.left_in: Context | None = None
-        self.around: Context | None = None
         self._created: frozenset[tuple[int, int]] | None = None
 
     def carries(self, created: SpanContext) -> bool:
@@ -141,42 +162,31 @@ class Scope(Operation):
             attached = Context(
                 {**context, SPAN_KEY: self.span, _MESSAGES_KEY: messages}
             )
-            self._token = otel_context.attach(attached)
             self._around, self._attached = around, attached
+            self._token = otel_context.attach(attached)
         except Exception:
             report("make a process span current")
 
     def leave(self) -> None:
         """Restore the context that was current before `enter`, if that is to be done.
 
-        It is not on another thread or in another context, nor while it is covered
-        by what the application has made current in it.
+        It is not on another thread or in another context.
         """
         if not self._entered:
             return
         self._entered = False
-        scope, later = innermost.get(None), []
-        while scope is not self:
-            if scope is None:
-                return
-            later.append(scope)
-            scope = scope._below
-        # Scopes that were entered later (the other consumers' of a `zip`) give way.
-        if not self.is_covered(later):
-            self.detach()
-        elif not self.is_bounded:
-            self._unlink(later)
-        if self._below is not None:
-            detach_left()
-
-    def _unlink(self, later: Sequence[Scope]) -> None:
-        """Be no scope of this context any more; what covers it may last for ever."""
-        self.messages.left_in, self.messages.around = self._attached, self._around
-        if later:
-            later[-1]._below = self._below
-        else:
-            innermost.set(self._below)
-        self._marker = self._token = None
+        try:
+            scope, later = innermost.get(None), []
+            while scope is not self:
+                if scope is None:
+                    return
+                later.append(scope)
+                scope = scope._below
+            # Scopes that were entered later (the other consumers' of a `zip`) give way.
+            if self.undo(later) and self._below is not None:
+                undo_left()
+        except Exception:
+            report("restore the context after a process span")
 
     def renew_marker(self) -> bool:
         """Whether the code that runs now is in this scope, in its own context.
@@ -188,39 +198,17 @@ class Scope(Operation):
         within = innermost.get(None)
         try:
             innermost.reset(self._marker)
-        except ValueError:
+        except _REFUSALS:
             return False
         # What `reset` has used up is to be had again.
         self._marker = innermost.set(within)
         return True
 
-    def is_covered(self, later: Sequence[Scope] = ()) -> bool:
-        """Whether what the application has made current in it is to stay.
-
-        That is a span that lasts. In a scope that no block bounds it is anything:
-        the application may have entered a block since, and must find it so.
+    def undo(self, later: Sequence[Scope] = ()) -> bool:
+        """Undo what `enter` did, if that was done in this very context.
 
         Args:
-            later: Scopes that were entered in it, which do not count.
-        """
-        try:
-            current = otel_context.get_current()
-            if self._attached is None or current is self._attached:
-                return False
-            if not self.is_bounded:
-                return all(current is not each._attached for each in later)
-            span = get_current_span(current)
-            return (
-                span is not self.span
-                and all(span is not each.span for each in later)
-                and span.is_recording()
-            )
-        except Exception:
-            report("see what is current in a process span")
-            return False
-
-    def detach(self) -> bool:
-        """Undo what `enter` did, if that was done in this very context.
+            later: The scopes that were entered in it and not left, the last one first.
 
         Returns:
             Whether it was.
@@ -229,15 +217,71 @@ class Scope(Operation):
             return False
         try:
             innermost.reset(self._marker)
-        except ValueError:
+        except _REFUSALS:
             return False
         self._marker = None
-        if self._token is not None:
+        if self._around is not None:
             try:
-                otel_context.detach(self._token)
+                restored = self._around
+                try:
+                    restored = self._upon(restored, [*later, self])
+                finally:
+                    self._make_current(restored)
             except Exception:
                 report("restore the context after a process span")
         return True
+
+    def _upon(self, around: Context, scopes: Sequence[Scope]) -> Context:
+        """What is to be current after scopes: that around them, and what is to stay."""
+        is_covered = True
+        try:
+            current = otel_context.get_current()
+            is_covered = current is not around and all(
+                current is not each._attached for each in scopes
+            )
+            return self._without(scopes, current, around) if is_covered else around
+        finally:  # of a failure, too
+            if is_covered:
+                for each in scopes:
+                    each._stand_for(around)
+
+    def _without(
+        self, scopes: Sequence[Scope], current: Context, around: Context
+    ) -> Context:
+        """What was made current in scopes, upon the context around them."""
+        messages = current.get(_MESSAGES_KEY)
+        within = next((s._attached for s in scopes if s.messages is messages), None)
+        if within is None:  # it is built upon something else
+            return current
+        span = get_current_span(current)
+        if all(span is not each.span for each in scopes) and (
+            # It may be one that the application has entered a block with.
+            not self.is_bounded or span.is_recording()
+        ):
+            return current
+        added = {
+            key: value
+            for key, value in current.items()
+            if key != SPAN_KEY and (key not in within or value is not within[key])
+        }
+        return Context({**around, **added}) if added else around
+
+    def _stand_for(self, around: Context) -> None:
+        """Have its context become the one around it: somebody may restore that."""
+        attached = self._attached
+        if attached is not None:
+            vars(attached)["inside"] = Context(attached)
+            attached.__class__ = _LeftContext
+            dict.clear(attached)
+            dict.update(attached, around)
+
+    def _make_current(self, restored: Context) -> None:
+        try:
+            if restored is self._around and self._token is not None:
+                otel_context.detach(self._token)
+        finally:  # OpenTelemetry logs a failure, and goes on
+            if otel_context.get_current() is not restored:
+                otel_context.attach(restored)
 
     def close(self) -> None:
         """Leave the scope and end its operation."""
@@ -262,7 +306,7 @@ class Scope(Operation):
         _endings.defer(self)
         try:
             if otel_context.get_current() is self._attached:
-                detach_left()
+                undo_left()
         except Exception:
             report("restore the context after a process span")
 
@@ -294,16 +338,14 @@ class Scope(Operation):
             self.fail_as(ERROR_OTHER, "an exception ended the loop")
 
 
-def detach_left() -> Scope | None:
-    """Detach those of the innermost scopes that were left while they were covered.
+def undo_left() -> Scope | None:
+    """Undo those of the innermost scopes that were left elsewhere.
 
     Returns:
         The innermost scope that remains.
     """
     scope = innermost.get(None)
-    while scope is not None and not scope._entered:
-        if scope.is_covered() or not scope.detach():
-            break
+    while scope is not None and not scope._entered and scope.undo():
         scope = innermost.get(None)
     return scope
 
@@ -334,13 +376,13 @@ def context_around_ended(context: Context) -> Context:
     """
     scope = innermost.get(None)
     if scope is not None:
-        scope = detach_left()
+        scope = undo_left()
         context = otel_context.get_current()
     while scope is not None and not scope._entered:
         if context is scope._attached and scope._around is not None:
             context = scope._around
         scope = scope._below
-    return context_for_left(context) if context else context
+    return context
 
 
 def context_of_thread(context: Context) -> Context:
@@ -357,15 +399,6 @@ def context_of_thread(context: Context) -> Context:
     if scope is None or scope._thread == threading.get_ident():
         return context
     return context_around_ended(context)
-
-
-def context_for_left(context: Context) -> Context:
-    """The context, or the one around it if it is that of a scope that was unlinked."""
-    while True:
-        messages: Any = context.get(_MESSAGES_KEY)
-        if messages is None or messages.left_in is not context:
-            return context
-        context = messages.around
 
 
 def scope_of(record: Record) -> Scope | None:

@@ -53,11 +53,12 @@ def run(
     script: str,
     *arguments: str,
     launched: bool = False,
+    options: tuple[str, ...] = (),
     paths: tuple[Path, ...] = (),
     environ: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end and return what it printed."""
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    command = [sys.executable, *options, "-c", textwrap.dedent(script), *arguments]
     if launched:
         launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
         command = [str(launcher), *command]

@@ -1,8 +1,8 @@
 """Commits of offsets.
 
-Consumers commit in many ways: by `commit` and `commit_async`, on the way of a poll,
-before a rebalance, at `close`. All of them meet in the consumer's coordinator, which
-is what is wrapped: one span for each commit, whatever way it took.
+Consumers commit in many ways: by `commit` and `commit_async`, during a poll, before a
+rebalance and at `close`. All of them use the consumer's coordinator. So the methods of
+the coordinator are wrapped, and each commit has one span.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ Offsets = dict[tuple[str, int], int]
 
 @dataclass(slots=True)
 class CommitLedger:
-    """What is known of the commits of one consumer."""
+    """The known state of one consumer's commits."""
 
-    # What the broker has, as far as this consumer has read or committed it.
+    # The offsets that the broker has, as far as this consumer read or committed them.
     committed: Offsets = field(default_factory=dict)
-    # Those whose request has not been made: the coordinator is still looked up, on
-    # another thread perhaps, and the request is made there.
+    # The commits whose request has not been made. The coordinator is still being looked
+    # up, perhaps on another thread, and the request is made there.
     waiting: list[PendingCommit] = field(default_factory=list)
-    # While threads commit and wait: what each does.
+    # The offsets of each thread that commits and waits for the answer.
     in_sync: dict[object, Any] = field(default_factory=dict)
-    # The thread whose next commit is one that nobody asked for.
+    # The thread whose next commit is an auto-commit.
     auto_thread: int | None = None
 
     def forget(self, partitions: Iterable[tuple[str, int]]) -> None:
-        """What the broker has of these partitions is not known any more."""
+        """Note that the broker's offsets of these partitions are no longer known."""
         for partition in partitions:
             self.committed.pop(partition, None)
 
     def take(self, offsets: Any) -> Commit | None:
-        """The first that waits with these very offsets; it waits no longer."""
+        """Remove and return the first waiting commit with this very offsets object."""
         for entry in list(self.waiting):
             if entry.offsets is offsets and self.remove(entry):
                 return entry.commit
         return None
 
     def remove(self, entry: PendingCommit) -> bool:
-        """Whether it has waited until now."""
+        """Remove an entry, and return whether it was still waiting."""
         try:
             self.waiting.remove(entry)
         except ValueError:
@@ -75,7 +75,7 @@ class CommitLedger:
 
 
 class PendingCommit:
-    """A commit whose coordinator is looked up; it is the callback of that future.
+    """A commit whose coordinator is being looked up, as the callback of that future.
 
     Args:
         ledger: The ledger of the consumer's commits.
@@ -91,10 +91,10 @@ class PendingCommit:
         self.commit = commit
 
     def __call__(self, outcome: Any) -> None:
-        """Receive the coordinator or the exception: the request has been made or not.
+        """Receive the result of the look-up: the coordinator or an exception.
 
-        Once it has been made, its own answer ends the commit. Where kafka-python
-        lacks what makes it, this is the answer.
+        If the request has been made by now, its answer ends the commit. Otherwise the
+        commit ends here.
         """
         if self._ledger.remove(self):
             self.commit(outcome)
@@ -104,13 +104,13 @@ class Commit(PendingOperation):
     """A commit, until the coordinator's answer.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
         coordinator: The coordinator of the consumer.
         ledger: The ledger of the consumer's commits.
-        offsets: What is committed.
-        moves: Whether that may move what the broker has.
+        offsets: The committed offsets.
+        moves: Whether the commit may change the broker's offsets.
     """
 
     __slots__ = ("_coordinator", "_ledger", "_moves", "_offsets")
@@ -134,7 +134,7 @@ class Commit(PendingOperation):
         ledger.committed.update(offsets)
 
     def follow(self, future: Any, pending: PendingCommit | None = None) -> None:
-        """Wait for the answer, or first for the look-up of the coordinator."""
+        """Wait for the answer, or for the look-up of the coordinator first."""
         try:
             _kafka.when_done(future, pending or self)
         except Exception:
@@ -142,9 +142,9 @@ class Commit(PendingOperation):
             self.end()
 
     def fail(self, error: BaseException | None) -> None:
-        """Record why it fails: what the broker has now is not known.
+        """Record why it fails; the broker's offsets are unknown from then on.
 
-        Unless another commit of the same offsets came before it.
+        They stay known if another commit of the same offsets came before it.
         """
         if self._moves:
             self._ledger.forget(self._offsets)
@@ -172,13 +172,13 @@ class Commit(PendingOperation):
 
 
 class CommitWrappers:
-    """The wrappers of what consumers commit by.
+    """The wrappers of the methods by which consumers commit.
 
-    Where kafka-python lacks the methods of the coordinator, `commit_sync` and
+    If kafka-python lacks these methods of the coordinator, `commit_sync` and
     `commit_async` wrap the consumer's own `commit` and `commit_async`.
 
     Args:
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -194,7 +194,7 @@ class CommitWrappers:
         ledger = self._ledger(instance)
         auto = ledger.auto_thread == threading.get_ident()
         if auto:
-            # What the application's callbacks commit in it is asked for.
+            # A commit by one of the application's callbacks in it is not automatic.
             ledger.auto_thread = None
         commit = self._begin(instance, ledger, args, kwargs, auto=auto)
         offsets = _kafka.offsets_argument(args, kwargs)
@@ -210,7 +210,7 @@ class CommitWrappers:
             del ledger.in_sync[token]
         if commit is not None:
             commit(None)
-        else:  # what is suppressed has moved the offsets, too
+        else:  # a commit without telemetry has moved the offsets, too
             self._note(instance, offsets)
         return result
 
@@ -238,7 +238,7 @@ class CommitWrappers:
     def request_async(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """Wrap what makes the request of a `commit_async`, now or later."""
+        """Wrap the method that makes the request of a `commit_async`, now or later."""
         commit = self._ledger(instance).take(_kafka.offsets_argument(args, kwargs))
         if commit is None:
             return wrapped(*args, **kwargs)
@@ -253,7 +253,7 @@ class CommitWrappers:
     def auto_commit_sync(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """Wrap what commits at `close` and, up to 2.3, before a rebalance."""
+        """Wrap the auto-commit at `close` and, up to 2.3, before a rebalance."""
         ledger = self._ledger(instance)
         ledger.auto_thread = threading.get_ident()
         try:
@@ -264,13 +264,13 @@ class CommitWrappers:
     async def commit_coroutine(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """Wrap what commits before a rebalance since 3.0."""
+        """Wrap the auto-commit before a rebalance (3.0 and later)."""
         ledger = self._ledger(instance)
         commit = None
         offsets = _kafka.offsets_argument(args, kwargs)
         if all(each is not offsets for each in list(ledger.in_sync.values())):
-            # The client's own thread may have inherited what was current when the
-            # client was made, which has nothing to do with it.
+            # The client's own thread may have inherited the span in which the client
+            # was made. That span has nothing to do with this commit.
             commit = self._begin(
                 instance, ledger, args, kwargs, auto=True, context=Context()
             )
@@ -287,7 +287,7 @@ class CommitWrappers:
     def fetch_committed(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """Wrap what reads the committed offsets, up to 2.3."""
+        """Wrap the method that reads the committed offsets (up to 2.3)."""
         committed = wrapped(*args, **kwargs)
         self._note(instance, committed)
         return committed
@@ -295,7 +295,7 @@ class CommitWrappers:
     async def fetch_committed_coroutine(
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """Wrap what reads the committed offsets, since 3.0."""
+        """Wrap the coroutine that reads the committed offsets (3.0 and later)."""
         committed = await wrapped(*args, **kwargs)
         self._note(instance, committed)
         return committed
@@ -334,7 +334,7 @@ class CommitWrappers:
                 return self._start(
                     instance, ledger, offsets, auto=auto, context=context
                 )
-            # What the broker has now will not be known.
+            # The broker's offsets will not be known.
             ledger.forget(_kafka.offsets_by_partition(offsets))
         except Exception:
             report("trace a commit")
@@ -356,7 +356,7 @@ class CommitWrappers:
             for partition, offset in _kafka.offsets_by_partition(given).items()
             if telemetry.template(client, COMMIT, *partition) is not None
         }
-        # Only a consumer's own `commit` may leave it to the client what to commit.
+        # Only a consumer's own `commit` may let the client choose the offsets.
         if not offsets and given is not None:
             return None
         topic, partition = shared(offsets)
@@ -365,7 +365,7 @@ class CommitWrappers:
             return None
         started = time.time_ns(), time.monotonic_ns()
         span = None
-        # Many programs commit after each poll, which mostly has brought nothing.
+        # Many programs commit after each poll, and most polls return nothing.
         moves = given is None or bool(offsets.items() - ledger.committed.items())
         if moves and config.commit_spans in (("all",) if auto else ("all", "manual")):
             attributes = template.attributes | _offset_attributes(partition, offsets)
@@ -376,10 +376,10 @@ class CommitWrappers:
 
 
 def _offset_attributes(partition: int | None, offsets: Offsets) -> Attributes:
-    """What belongs to the partition, where there is one."""
+    """The attributes of the partition, if there is exactly one."""
     if partition is None:
         return {}
     (offset,) = offsets.values()
-    # Kafka's committed offset is that of the record to go on with; the
-    # convention's, that of the last record that the commit covers.
+    # Kafka's committed offset is the offset of the next record. The conventions use the
+    # offset of the last record that the commit covers.
     return add_message({}, offset - 1)

@@ -20,7 +20,7 @@ ProduceHook = Callable[[Span, tuple[Any, ...], dict[str, Any]], object]
 """Called as `produce_hook(span, args, kwargs)`, with the arguments of `send`."""
 
 ConsumeHook = Callable[[Span, Any, tuple[Any, ...], dict[str, Any]], object]
-"""Called as `consume_hook(span, record, args, kwargs)`; the span is of the record."""
+"""Called as `consume_hook(span, record, args, kwargs)`, with the record's span."""
 
 _VARIABLE_PREFIX = "OTEL_PYTHON_KAFKA_"
 _EXCEPTION_SIGNAL_VARIABLE = "OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN"
@@ -68,22 +68,22 @@ def _globs(value: object) -> tuple[str, ...]:
     raise ValueError("globs: comma-separated, or a list of str")
 
 
-# A setting is a field whose annotation has its parser.
+# A setting is a field whose annotation contains its parser.
 _Flag = Annotated[bool, _boolean]
 _Globs = Annotated[tuple[str, ...], _globs]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What `instrument()` was asked for. The defaults suit a production service.
+    """The settings of `instrument()`. The defaults suit a production service.
 
-    Each setting is a keyword of `instrument()` and, but for the hooks, an
+    Each setting is a keyword of `instrument()` and, except for the hooks, an
     environment variable: `send_spans` is `OTEL_PYTHON_KAFKA_SEND_SPANS`.
     """
 
     produce_hook: Annotated[ProduceHook | None, _hook] = None
     consume_hook: Annotated[ConsumeHook | None, _hook] = None
-    # By default those that Kafka itself writes to.
+    # The default excludes the topics that Kafka itself writes to.
     excluded_topics: _Globs = ("__consumer_offsets", "__transaction_state")
     propagation: _Flag = True
     propagation_excluded_topics: _Globs = ()
@@ -99,7 +99,7 @@ class Config:
     next_process_spans: _Flag = False
     metrics: _Flag = True
     client_metrics: _Flag = False
-    # Whether exceptions are recorded as events of their spans, and as log events.
+    # Whether exceptions are recorded as span events, and as log events.
     span_exceptions: bool = True
     log_exceptions: bool = False
 
@@ -119,7 +119,7 @@ class Config:
         return self.next_process_spans and self.process_spans
 
     def captures(self, header: str) -> bool:
-        """Whether `header` matches a glob of `capture_headers` and none with `!`."""
+        """Whether `header` matches a glob of `capture_headers`, and none with `!`."""
         return _captures(self.capture_headers, header)
 
 
@@ -161,7 +161,7 @@ FileSettings = make_dataclass(
 )
 
 
-# Asked for each header of each message.
+# Cached, because it is called for each header of each message.
 @lru_cache(maxsize=1024)
 def _captures(globs: tuple[str, ...], header: str) -> bool:
     excluded = [glob[1:] for glob in globs if glob.startswith("!")]
@@ -176,15 +176,15 @@ def _matches(globs: Iterable[str], name: str) -> bool:
 def load(
     keywords: Mapping[str, object], environ: Mapping[str, str] = os.environ
 ) -> Config:
-    """Build the settings; a keyword wins over its environment variable.
+    """Build the settings; a keyword takes precedence over its environment variable.
 
     Args:
-        keywords: What `instrument()` was called with; None is "not given".
+        keywords: The keywords of `instrument()`; None means "not given".
         environ: The environment variables.
 
     Returns:
-        The settings. A malformed one is left at its default and an unknown one is
-        ignored, each with one warning that names it; nothing is raised.
+        The settings. An invalid value leaves the default, and an unknown name is
+        ignored. Each is logged in one warning that names it. Nothing is raised.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
     settings: dict[str, Any] = dict(_exception_signal(environ))
@@ -247,7 +247,7 @@ def _did_you_mean(name: str, known: Mapping[str, str]) -> str:
 
 
 def shown(default: object) -> str:
-    """The default of a setting, as its environment variable would say it."""
+    """The default of a setting, in the form that its environment variable takes."""
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, tuple):
@@ -256,7 +256,7 @@ def shown(default: object) -> str:
 
 
 def _exception_signal(environ: Mapping[str, str]) -> dict[str, bool]:
-    """Where exceptions go (Recording exceptions); `logs/dup` is in both."""
+    """Where exceptions are recorded (Recording exceptions); `logs/dup` means both."""
     value = environ.get(_EXCEPTION_SIGNAL_VARIABLE, "")
     signals = {signal.strip().lower() for signal in value.split(",")} - {""}
     if unknown := signals - {"logs", "logs/dup"}:

@@ -1,4 +1,4 @@
-"""The instruments, and whether anyone collects what they measure."""
+"""The instruments, and whether anyone collects their measurements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from otel_kafka_python.package import __version__
 
 
 class Tally:
-    """How many messages had the same attributes.
+    """The number of messages with the same attributes.
 
     Args:
         attributes: The attributes.
@@ -46,7 +46,7 @@ class Tally:
         self.number = 0
 
     def count(self, messages: int) -> None:
-        """Count so many more, on any thread."""
+        """Count more messages, on any thread."""
         with _lock:
             self.number += messages
 
@@ -54,8 +54,8 @@ class Tally:
 class MessageCounter:
     """A counter that is read when the SDK collects.
 
-    To tell the SDK of each message takes 12 µs with 1.45, most of them for its
-    attributes, which a tally has once.
+    A call of the SDK for each message takes 12 µs with version 1.45, mostly for its
+    attributes. A tally handles its attributes once.
 
     Args:
         meter: Makes the instrument.
@@ -68,7 +68,7 @@ class MessageCounter:
         meter.create_observable_counter(name, [self._observe], "{message}", description)
 
     def tally(self, attributes: dict[str, Any]) -> Tally:
-        """What counts messages with these attributes."""
+        """The tally of messages with these attributes."""
         return self._tallies.setdefault(
             frozenset(attributes.items()), Tally(attributes)
         )
@@ -82,8 +82,8 @@ class MessageCounter:
 
 
 _lock = threading.Lock()
-# Held while instruments are made, of whichever provider; by a provider that makes
-# something of ours on the way once more.
+# Held while instruments are made, whichever provider makes them. A provider that uses
+# an instrumented client to make them takes it again.
 _making = threading.RLock()
 
 
@@ -108,12 +108,12 @@ class Instruments:
 
 
 class Metrics:
-    """The instruments of a meter provider, once there is one that collects.
+    """The instruments of a meter provider, from the moment that one collects.
 
     Args:
         provider: The meter provider; the global one if None.
-        living: Gives the clients whose own metrics are observed; None if nobody
-            has asked for these.
+        living: Returns the clients whose own metrics are observed; None if
+            `client_metrics` is off.
         measures: Whether there are instruments at all.
     """
 
@@ -130,14 +130,14 @@ class Metrics:
         self._instruments: Instruments | None = None
 
     def instruments(self) -> Instruments | None:
-        """The instruments, or None as long as a measurement would reach nobody.
+        """The instruments, or None as long as nobody collects their measurements.
 
-        Asked whenever a client's metadata was refreshed, not for each message: a
-        global provider that is set late is noticed then.
+        Called after each refresh of a client's metadata, not for each message. A global
+        provider that is set late is noticed then.
         """
         if self._instruments is None:
-            # An SDK ignores a second observable instrument of the same name: if two
-            # threads made them at once, one would count for nobody.
+            # An SDK ignores a second observable instrument of the same name. If two
+            # threads made the instruments at once, the counts of one would be lost.
             with _making:
                 if self._instruments is None:
                     self._instruments = self._make()
@@ -145,9 +145,9 @@ class Metrics:
 
     def _make(self) -> Instruments | None:
         provider = self._provider or get_meter_provider()
-        # Providers and meters of the API itself record nothing: none is set (yet), or
-        # the SDK is disabled. Its proxies would record once one is set, but what is
-        # handed to them until then would be for nothing.
+        # Providers and meters of the API itself record nothing: no provider is set
+        # yet, or the SDK is disabled. The API's proxies begin to record when a provider
+        # is set, but measurements before that would be wasted work.
         if _is_of_api(provider):
             return None
         meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
@@ -169,9 +169,9 @@ def _is_of_api(thing: object) -> bool:
 
 
 class _Counters:
-    """The counters of a meter, which go on through one instrumentation after another.
+    """The counters of a meter, which all instrumentations of one provider share.
 
-    An SDK takes no second callback for an instrument of the same name.
+    An SDK accepts no second callback for an instrument of the same name.
     """
 
     def __init__(self, meter: Meter) -> None:

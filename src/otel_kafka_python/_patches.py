@@ -1,4 +1,4 @@
-"""The list of what is patched; it is applied here, and only its own layer reverted."""
+"""The list of patched methods, how it is applied, and how our own layer is reverted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from otel_kafka_python._transactions import TransactionWrappers
 
 Wrapper = Callable[..., Any]
 
-# The base of all of wrapt's proxies; before wrapt 2 it had another name.
+# The base class of wrapt's proxies, which had another name before wrapt 2.
 _PROXY: Any = getattr(wrapt, "BaseObjectProxy", wrapt.ObjectProxy)
 
 
 class Layer(NamedTuple):
-    """A wrapper of ours on a method."""
+    """One of our wrappers on a method."""
 
     owner: type
     method: str
@@ -31,14 +31,14 @@ class Layer(NamedTuple):
 
 
 def when_imported(patch: Callable[[], None]) -> None:
-    """Have kafka patched once the program has imported it, or now if it has.
+    """Patch kafka when the program imports it, or now if it has been imported.
 
-    What kafka takes from the standard library at its import (sockets, the
-    selector) has to be what the program has patched by then, as gevent does.
+    This package must not import kafka: at its import, kafka takes sockets and the
+    selector from the standard library, which the program may patch first (gevent).
 
     Args:
-        patch: What patches it; it must not raise, since it would raise into the
-            program's `import`.
+        patch: Patches the clients. It must not raise, because the exception would
+            reach the program's `import`.
     """
     wrapt.register_post_import_hook(lambda _module: patch(), "kafka")
 
@@ -46,13 +46,13 @@ def when_imported(patch: Callable[[], None]) -> None:
 def apply(telemetry: Telemetry) -> list[Layer]:
     """Patch the clients' classes.
 
-    Living instances, and names imported earlier, are patched with them.
+    Existing instances and names that were imported earlier are patched with them.
 
     Args:
-        telemetry: What the wrappers work with.
+        telemetry: The telemetry that the wrappers share.
 
     Returns:
-        The layers that were put on, to be reverted.
+        The layers that were added, for `revert`.
     """
     layers: list[Layer] = []
     try:
@@ -65,7 +65,7 @@ def apply(telemetry: Telemetry) -> list[Layer]:
 
 
 def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
-    """What is patched, and by which wrapper."""
+    """The patched methods, each with its wrapper."""
     from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (may be missing)
 
     producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
@@ -114,18 +114,18 @@ def _wrap(owner: type, method: str, wrapper: Wrapper) -> Layer:
 
 
 def revert(layers: list[Layer]) -> None:
-    """Take our layers off, and nobody else's.
+    """Remove our layers and no others.
 
-    A layer that someone has put another one on, which is no wrapt wrapper, stays
-    where it is; since the instrumentation is no longer active, it only passes on.
+    If a layer above ours is not a wrapt wrapper, ours stays in place. The
+    instrumentation is no longer active, so it only passes calls on.
 
     Args:
-        layers: What `apply` returned.
+        layers: The layers that `apply` returned.
     """
     for layer in layers:
         outermost: Any = vars(layer.owner).get(layer.method)
-        # Whoever reads the attribute of the class to put it back, puts back ours
-        # as bound to the class (OpenTelemetry's `unwrap` does).
+        # Code that reads the attribute of the class and restores it later, such as
+        # OpenTelemetry's `unwrap`, restores our wrapper as bound to the class.
         bound = isinstance(outermost, wrapt.BoundFunctionWrapper)
         unbound = outermost._self_parent if bound else outermost
         if unbound is layer.wrapper:

@@ -1,4 +1,4 @@
-"""Offsets that are sent to a transaction, and the ends of transactions."""
+"""Offsets sent to a transaction, and the ends of transactions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Kwargs = dict[str, Any]
 class TransactionWrappers:
     """The wrappers of the producer's methods that settle a transaction (2.2 and later).
 
-    Offsets that are sent to a transaction are settled. The convention says nothing of
-    the ends of transactions: these spans are our own.
+    Offsets that are sent to a transaction are settled. The conventions do not cover the
+    ends of transactions: these spans are our own.
 
     Args:
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:

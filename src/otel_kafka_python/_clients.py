@@ -1,4 +1,4 @@
-"""The registry of living clients, and what is known of each."""
+"""The registry of live clients, and the known facts about each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class HandedOver(NamedTuple):
 
 
 class Client:
-    """What is known of one producer or consumer; it does not keep that alive.
+    """The known facts about one producer or consumer, which it does not keep alive.
 
     Args:
         client_id: Its `client_id`, if it has one.
         group: Its consumer group, if it is in one.
         bootstrap: The first of its bootstrap servers, if it has any.
-        sends_headers: Whether its broker takes records with headers.
-        cluster: Gives kafka-python's ClusterMetadata of it, or None.
-        is_answered: Whether brokers acknowledge what it sends.
-        is_extended: Whether its `send` runs code of the application's.
+        sends_headers: Whether its broker supports records with headers.
+        cluster: Returns its ClusterMetadata of kafka-python, or None.
+        is_answered: Whether brokers acknowledge its messages.
+        is_extended: Whether its `send` runs application code.
     """
 
     __slots__ = (
@@ -63,7 +63,7 @@ class Client:
         self.sends_headers = sends_headers
         self.is_answered = is_answered
         self.is_extended = is_extended
-        # Gives the producer or consumer, or None.
+        # Returns the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
         # How often it was asked for records.
         self.asked = 0
@@ -73,10 +73,10 @@ class Client:
         self._refreshed: object = None
 
     def refresh(self) -> bool:
-        """Forget what was derived from metadata that has been refreshed since.
+        """Drop everything that was derived from older metadata.
 
         Returns:
-            Whether it has been.
+            Whether the metadata has been refreshed since the last call.
         """
         refreshed = _kafka.last_refresh(self._cluster())
         if refreshed == self._refreshed:
@@ -86,7 +86,7 @@ class Client:
         return True
 
     def forget(self) -> None:
-        """Drop what was derived from the metadata."""
+        """Drop everything that was derived from the metadata."""
 
     def hand_over(self, record: Any) -> None:
         """Remember a record that the application is handed."""
@@ -107,11 +107,11 @@ ClientT = TypeVar("ClientT", bound=Client)
 
 
 class Clients(Generic[ClientT]):
-    """The client of each live producer and consumer.
+    """The `Client` of each live producer and consumer.
 
     Args:
         make: The class of the clients.
-        on_new: Called when a producer or consumer is met for the first time.
+        on_new: Called when a producer or consumer is first used.
     """
 
     def __init__(
@@ -119,18 +119,18 @@ class Clients(Generic[ClientT]):
     ) -> None:
         self._make = make
         self._on_new = on_new
-        # By identity, for as long as they live. A WeakKeyDictionary would cost half a
-        # microsecond a message.
+        # By identity, as long as they live. A WeakKeyDictionary would cost 0.5 µs per
+        # message.
         self._known: dict[int, ClientT] = {}
 
     def living(self) -> list[tuple[Any, ClientT]]:
-        """All producers and consumers that are alive, each with its client."""
-        # Other threads may add to them meanwhile: they are copied at once.
+        """All live producers and consumers, each with its `Client`."""
+        # Copied in one step, because other threads may add clients meanwhile.
         found = [(client.instance(), client) for client in list(self._known.values())]
         return [each for each in found if each[0] is not None]
 
     def get(self, instance: Any) -> ClientT:
-        """The client, up to date with its metadata; an empty one if that fails.
+        """The `Client`, up to date with its metadata; an empty one if that fails.
 
         Args:
             instance: A producer, a consumer, or a consumer's coordinator.
@@ -141,12 +141,12 @@ class Clients(Generic[ClientT]):
                 client.sends_headers = _kafka.sends_headers(instance)
         except Exception:
             report("read the configuration of a client")
-            # Its broker may be one that would refuse headers.
+            # Its broker might not support headers.
             return self._make(sends_headers=False)
         return client
 
     def unknown(self) -> ClientT:
-        """A client of which nothing is known."""
+        """A `Client` without any known facts."""
         return self._make()
 
     def _meet(self, instance: Any) -> ClientT:
@@ -162,7 +162,7 @@ class Clients(Generic[ClientT]):
             is_answered=settings.is_answered,
             is_extended=settings.is_extended,
         )
-        # Called back before its memory, and so its identity, can be another's.
+        # The callback runs before another object can have the same identity.
         client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))
         self._known[key] = client
         return client

@@ -1,8 +1,8 @@
 """An operation, and the one way it ends.
 
-The span and the metrics of an operation share its start and its end, so both
-are given explicitly and recorded here, by `Operation.end`. An end is a time of the
-monotonic clock, in nanoseconds, and a start one of both clocks.
+The span and the metrics of an operation share its start and its end, so both are given
+explicitly, and `Operation.end` records them. A start is a time by both clocks, and an
+end a time by the monotonic clock, in nanoseconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from otel_kafka_python._safety import report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
 from otel_kafka_python._span_ends import end_span
 
-# A moment by both clocks, in nanoseconds: since the epoch, and of the monotonic clock.
+# A moment in nanoseconds, by both clocks: since the epoch, and by the monotonic clock.
 Moment = tuple[int, int]
 
 
@@ -41,12 +41,12 @@ class Kind(NamedTuple):
     """A kind of operation: `messaging.operation.name` and `.type` (Operation types)."""
 
     name: str
-    type: str | None  # None of what the convention has no type for
-    group: str | None = None  # where it is not that of the client
+    type: str | None  # None if the conventions have no type for it
+    group: str | None = None  # if it is not the client's
 
 
-# Held while an operation is claimed, where threads run at the same time. A drop can
-# strike in the midst of a claim and claim another: it is reentrant.
+# Held while an operation is claimed, on interpreters without the GIL. It is reentrant,
+# because an object that is dropped during a claim can claim another operation.
 _claiming: threading.RLock | None = None
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     _claiming = threading.RLock()
@@ -60,10 +60,10 @@ COMMIT = Kind("commit", "settle")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationTemplate:
-    """What all operations of a kind have in common on one topic and partition.
+    """The common part of all operations of a kind on one topic and partition.
 
     Args:
-        topic: The topic, or None where they are of several.
+        topic: The topic, or None if they have several.
         name: The name of their spans.
         attributes: The attributes of a span at its creation.
         end_attributes: The attributes that a span gets at its end.
@@ -72,11 +72,11 @@ class OperationTemplate:
         duration: The histogram of their duration; None if nobody collects it.
         messages: The counter of their messages; None if they count none.
         exceptions: Records the exceptions that they fail with.
-        event_type: The operation type that the events of exceptions are named by.
+        event_type: The operation type in the names of exception events.
         knows_cluster: Whether `attributes` has the cluster's id.
         injects: Whether the messages that are sent carry a context.
-        observes_end: Whether the end of one without a recorded span matters.
-        queue_time: The histogram of the time in the topic, if it is asked for.
+        observes_end: Whether the end matters if the span is not recorded.
+        queue_time: The histogram of the time in the topic, if it is enabled.
     """
 
     topic: str | None
@@ -101,7 +101,7 @@ class OperationTemplate:
         """The attributes of the duration, and the tally of the messages.
 
         Args:
-            partition: The partition, if it was learned later.
+            partition: The partition, if the template does not have it.
         """
         known = self._by_partition.get(partition)
         if known is None:
@@ -118,8 +118,8 @@ class Operation(Endable):
     """An operation that has started, may fail, and ends once.
 
     Args:
-        template: What was known of it in advance.
-        span: Its span, or None where it has none and is only measured.
+        template: The template of the operation.
+        span: Its span, or None if it is only measured.
         started: When it started.
     """
 
@@ -127,7 +127,7 @@ class Operation(Endable):
 
     # The context that it is measured in if it has no span; the current one if None.
     _without_span: ClassVar[Context | None] = None
-    # Whether it ends on the thread on which kafka-python calls back with answers.
+    # Whether it ends on the thread that calls back with the broker's answers.
     is_answered: ClassVar[bool] = False
 
     def __init__(
@@ -139,11 +139,11 @@ class Operation(Endable):
         self.error_type: str | None = None
         self.process = _endings.process
         self._unclaimed = True
-        # Last, so that what an interrupt leaves half made is never ended.
+        # Set last: an operation that an interrupt leaves half made is never ended.
         self.ended = False
 
     def fail(self, error: BaseException | None) -> None:
-        """Record why the operation fails (Recording errors); it goes on until its end.
+        """Record why the operation fails (Recording errors); this does not end it.
 
         Args:
             error: The exception, or None if nobody will ever know the outcome.
@@ -153,8 +153,8 @@ class Operation(Endable):
             return
         try:
             self.fail_as(_kafka.error_type(error), text_of(error))
-            # What interrupts an operation, to end the application say, is no failure
-            # that anyone wants to look into.
+            # An interrupt, for example to end the application, is no failure that
+            # anyone would investigate.
             if isinstance(error, Exception) and self.process is _endings.process:
                 template = self.template
                 template.exceptions.record(self.span, template.event_type, error)
@@ -180,8 +180,8 @@ class Operation(Endable):
             report("record an error")
 
     def claim(self) -> bool:
-        """Whether nobody has ended it; the caller has to."""
-        # Under the GIL to delete it is one step, which two threads cannot both take.
+        """Win the right to end it. If this returns true, the caller must end it."""
+        # Under the GIL, the deletion is atomic: only one of two threads succeeds.
         lock = _claiming
         if lock is not None:
             lock.acquire()
@@ -207,7 +207,7 @@ class Operation(Endable):
         """End the span, measure the duration and count the messages, once.
 
         Args:
-            attributes: What the span has learned since its creation.
+            attributes: The attributes that became known after the span's creation.
             ended: The end by the monotonic clock, in nanoseconds; now if None.
             measured: False if the duration belongs to an operation around it.
             partition: The partition, if it was not known in advance.
@@ -234,8 +234,8 @@ class Operation(Endable):
         """End it, as `end` does; the caller has claimed it."""
         if ended is None:
             ended = time.monotonic_ns()
-        # The end is the start plus how long it took, so that no clock that is set
-        # meanwhile makes it last an hour.
+        # The end is the start plus the elapsed time. A system clock that is set
+        # meanwhile does not distort the duration.
         since_epoch, began = self.started
         elapsed = ended - began
         span = self.span
@@ -283,24 +283,24 @@ class PendingOperation(Operation):
     """An operation that the broker's answer ends; it is the callback of a future.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
     """
 
     __slots__ = ()
 
-    # The thread that the answer comes on may have inherited the span in which the
-    # client was made: that is no exemplar. The SDK takes an empty context for none.
+    # The thread of the answer may have inherited the span in which the client was made,
+    # which must not become an exemplar. The SDK treats an empty context as no context.
     _without_span = Context({SPAN_KEY: INVALID_SPAN})
     is_answered = True
 
     def end_with(self, error: BaseException) -> None:
-        """End it with what the call raised: nothing was handed to the client."""
+        """End it with the exception of the call: the client has taken nothing."""
         if self.claim():
             try:
                 self.fail(error)
-            finally:  # of an interrupt, too
+            finally:  # also after an interrupt
                 self.end_claimed(self._known_attributes())
 
     def __call__(self, outcome: Any) -> None:
@@ -315,8 +315,8 @@ class PendingOperation(Operation):
             report("end an operation with its answer")
         except BaseException:
             report("end an operation with its answer")
-            # It would end kafka-python's sender thread. On the main thread it is
-            # the user's, who wants to end the application.
+            # It would end kafka-python's sender thread. On the main thread, it is an
+            # interrupt of the user, who wants to end the application.
             if threading.get_ident() == threading.main_thread().ident:
                 raise
 
@@ -327,7 +327,7 @@ class PendingOperation(Operation):
         raise NotImplementedError
 
     def _known_attributes(self) -> Attributes:
-        """The attributes of a span whose operation nobody has answered."""
+        """The attributes of a span whose operation has no answer."""
         return self.template.end_attributes
 
     def end_claimed(
@@ -339,7 +339,7 @@ class PendingOperation(Operation):
         partition: int | None = None,
         messages: int = 0,
     ) -> None:
-        """End it, as `end` does, and let the span go; the caller has claimed it."""
+        """End it, as `end` does, and release the span; the caller has claimed it."""
         super().end_claimed(
             attributes,
             ended=ended,
@@ -347,7 +347,7 @@ class PendingOperation(Operation):
             partition=partition,
             messages=messages,
         )
-        # Up to 2.1 a future keeps its callbacks, and the application may keep it.
+        # Up to 2.1, a future keeps its callbacks. The application may keep the future.
         self.span = None
 
     def abandon(self, ended: int) -> None:
@@ -361,14 +361,14 @@ class PendingOperation(Operation):
     def __del__(self) -> None:
         try:
             has_ended = self.ended
-        except AttributeError:  # an interrupt has left it half made
+        except AttributeError:  # an interrupt left it half made
             return
         if not has_ended:
             _endings.defer(self)
 
 
 def is_recorded(span: Span | None) -> bool:
-    """Whether a span is, or may be."""
+    """Whether a span is recorded, or may be."""
     try:
         return span is not None and span.is_recording()
     except Exception:

@@ -43,39 +43,39 @@ from otel_kafka_python.package import __version__
 
 
 class Step(Enum):
-    """Why a consumer's `__next__` runs, whose own `poll` is part of it."""
+    """Why a consumer's `__next__` runs; the `poll` that it calls is part of it."""
 
     NEXT = auto()  # an operation of its own
     ITERATION = auto()  # one step of a loop
-    FAILED = auto()  # likewise, and its `poll` has failed and been traced
+    FAILED = auto()  # one step of a loop whose `poll` failed and has been traced
 
 
 class TracedClient(Client):
-    """A producer or consumer, and what the wrappers keep for it."""
+    """A producer or consumer, with the data that the wrappers keep for it."""
 
     __slots__ = ("answer_attributes", "step", "templates")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.templates: dict[tuple[Kind, Any, Any], OperationTemplate | None] = {}
-        # The attributes of messages that a partition's leader has answered.
+        # The attributes of messages that a partition's leader answered.
         self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
         self.step: Step | None = None
 
     def forget(self) -> None:
-        """Drop what was derived from metadata that has been refreshed since."""
+        """Drop everything that was derived from older metadata."""
         self.templates, self.answer_attributes = {}, {}
 
 
 class Telemetry:
-    """What all wrappers of one `instrument()` share.
+    """The state that all wrappers of one `instrument()` share.
 
     Args:
         config: The settings.
         tracer_provider: The tracer provider; the global one if None.
         meter_provider: The meter provider; the global one if None.
         logger_provider: The logger provider; the global one if None.
-        on_new_client: Called when a producer or consumer is met for the first time.
+        on_new_client: Called when a producer or consumer is first used.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Telemetry:
         self.clients = Clients(TracedClient, on_new_client)
         self._on_stop: list[Callable[[], object]] = []
         self.active = True
-        # Whether anything is measured, as far as is known from what was done.
+        # Whether there were instruments when a template was last built.
         self.measures = False
         self._metrics = Metrics(
             meter_provider,
@@ -103,11 +103,11 @@ class Telemetry:
         )
 
     def on_stop(self, callback: Callable[[], object]) -> None:
-        """Have something called when the instrumentation is taken off."""
+        """Register a callback for the end of the instrumentation."""
         self._on_stop.append(callback)
 
     def stop(self) -> None:
-        """Let no operation begin any more."""
+        """Prevent further operations."""
         self.active = False
         try:
             for callback in self._on_stop:
@@ -121,10 +121,11 @@ class Telemetry:
     def may_begin(self, context: Context | None = None) -> bool:
         """Whether operations are traced now: not uninstrumented, not suppressed.
 
-        If they are, what finalisers have left behind is ended before one begins.
+        If they are, deferred operations are ended before a new one begins.
 
         Args:
-            context: The current one, if it is known. An empty one suppresses nothing.
+            context: The current context, if the caller has it. An empty context
+                suppresses nothing.
         """
         if context is None:
             context = get_current()
@@ -137,19 +138,20 @@ class Telemetry:
     def template(
         self, client: TracedClient, kind: Kind, topic: Any, partition: Any
     ) -> OperationTemplate | None:
-        """What is known in advance of an operation.
+        """The template of an operation.
 
         Args:
-            client: Who performs it.
-            kind: What is done.
-            topic: The topic that all messages share, or None. Whatever is no name
-                of a topic counts as None.
-            partition: The partition that all messages share, or None; likewise.
+            client: The client that performs it.
+            kind: The kind of operation.
+            topic: The topic that all messages share, or None. Anything that is not a
+                topic name counts as None.
+            partition: The partition that all messages share, or None. Anything that is
+                not a number counts as None.
 
         Returns:
             The template, or None if the topic is excluded.
         """
-        # Another thread may put a new dict in its place as the metadata changes.
+        # Another thread may replace the dict when the metadata changes.
         templates = client.templates
         try:
             return templates[kind, topic, partition]
@@ -159,7 +161,7 @@ class Telemetry:
             template = None
             if name is None or not self.config.excludes(name):
                 template = self._build_template(client, kind, name, number)
-            # A name that is not legal is never kept: there is no end of them.
+            # Illegal names are never kept: there is no limit to their number.
             if name == topic and number == partition:
                 templates[kind, topic, partition] = template
             return template
@@ -179,13 +181,13 @@ class Telemetry:
         attributes = duration_attributes
         end_attributes: Attributes = {}
         of_client = client_attributes(client.client_id, client.cluster_id)
-        # No sampler needs these: they are set on the sender's thread, which saves the
-        # calling one 2 µs. But what a hook has replaced is not to be replaced again.
+        # No sampler needs these, so the sender's thread sets them. This saves the
+        # calling thread 2 µs. With a hook, they are set before it, so its values stay.
         if kind is SEND and self.config.produce_hook is None:
             end_attributes = of_client
         else:
             attributes = {**attributes, **of_client}
-        # A template with a partition is of records that its leader has answered with.
+        # Records of one partition came from its leader.
         if kind is POLL and topic is not None:
             attributes.update(peer_attributes(client.leader(topic, partition)))
         duration = messages = queue_time = None
@@ -242,10 +244,10 @@ class Telemetry:
         """Start a span, or return None if that fails.
 
         Args:
-            template: What is known of its operation.
+            template: The template of its operation.
             kind: The kind of the span.
             started: When the operation started.
-            attributes: Its attributes, those of the template among them.
+            attributes: Its attributes, including the template's.
             context: The context with its parent; the current one if None.
             links: Its links.
         """

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from inspect import currentframe
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +92,40 @@ def test_in_a_loop_the_exception_is_recorded_on_the_loops_span(
     assert second.status.status_code is StatusCode.UNSET
     assert recorder.count("messaging.process.duration", error_type="RefusedError") == 1
     assert recorder.count("messaging.process.duration") == 2
+
+
+@pytest.mark.cpython
+@pytest.mark.parametrize("cached", [False, True], ids=["new", "cached"])
+def test_the_exception_of_each_attempt_is_recorded_once(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, cached: bool
+) -> None:
+    """A new exception often has the identity of the one before."""
+    clients.send(b"1")
+    always = RefusedError("no")
+
+    def attempt(record: Any, kind: type[Exception]) -> None:
+        with process_span(record), process_span(record):
+            raise always if cached else kind
+
+    def consume() -> None:
+        for record in clients.consumer():
+            for kind in (RefusedError, KeyError, RefusedError):
+                with suppress(kind, RefusedError):
+                    attempt(record, kind)
+            try:
+                attempt(record, RefusedError)
+            except RefusedError:
+                with process_span(record):
+                    raise
+
+    with pytest.raises(RefusedError):
+        consume()
+    span = recorder.one(f"process {topic}")
+    recorded = [(event.attributes or {})["exception.type"] for event in span.events]
+    expected = ["RefusedError", "KeyError", "RefusedError", "RefusedError"]
+    if cached:
+        expected[1] = "RefusedError"
+    assert [str(name).rpartition(".")[2] for name in recorded] == expected
 
 
 def test_in_a_loop_over_a_polled_batch_it_adopts_too(

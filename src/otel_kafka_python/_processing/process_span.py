@@ -92,6 +92,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         if not batch:
             adopted = scope_of(given)
             if adopted is not None and adopted.renew_marker():
+                adopted.begin_attempt()
                 return adopted, False
         clients = telemetry.clients
         client = (

@@ -147,7 +147,7 @@ class Scope(Operation):
         self._thread = threading.get_ident() if THREADS_INHERIT else None
         self.messages = messages
         self._ids: frozenset[int] | None = None
-        self._failed_with: int | None = None
+        self._failed_with: dict[str, Any] | None = None
         self._around: Context | None = None
         self._attached: Context | None = None
         self._token: Token[Context] | None = None
@@ -319,10 +319,21 @@ class Scope(Operation):
             self._ids = frozenset(map(id, records))
         return bool(records) and id(record) in self._ids
 
+    def begin_attempt(self) -> None:
+        """Record what fails from now on, be it an exception that has been recorded.
+
+        But not that which is being handled: it has failed before.
+        """
+        handled = sys.exc_info()[1]
+        if handled is None or vars(handled) is not self._failed_with:
+            self._failed_with = None
+
     def fail_with(self, error: BaseException) -> None:
         """Fail with an exception that may pass by here more than once."""
-        if self._failed_with != id(error):
-            self._failed_with = id(error)
+        # An exception is known by its dict. Its id may be the next one's, and to keep
+        # it would keep its traceback, and with that the iterator of its loop.
+        if self._failed_with is not vars(error):
+            self._failed_with = vars(error)
             self.fail(error)
 
     def fail_with_loop(self, error: Exception | None) -> None:

@@ -46,7 +46,7 @@ _LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
 def legal_topic(topic: object) -> str | None:
-    """The topic if it is one that Kafka could have, so that it may be a name."""
+    """The topic if Kafka accepts its name, else None."""
     name: object = plain(topic)
     return name if isinstance(name, str) and _LEGAL_TOPIC.fullmatch(name) else None
 
@@ -69,7 +69,7 @@ def operation_attributes(
     group: str | None,
     server: Server | None,
 ) -> Attributes:
-    """What a span has at its creation and its duration metric carries, too."""
+    """The attributes that a span has at its creation and its duration metric has."""
     address, port = server or (None, None)
     return without_absent(
         {
@@ -86,19 +86,19 @@ def operation_attributes(
 
 
 def client_attributes(client_id: str | None, cluster_id: str | None) -> Attributes:
-    """What only a span has of the client and its cluster."""
+    """The attributes of the client and its cluster, which only spans have."""
     return without_absent(
         {MESSAGING_CLIENT_ID: client_id, MESSAGING_KAFKA_CLUSTER_ID: cluster_id}
     )
 
 
 def without_operation_type(attributes: Attributes) -> Attributes:
-    """The attributes of what is measured or counted for one operation type only."""
+    """The attributes for instruments that belong to one operation type."""
     return {k: v for k, v in attributes.items() if k != MESSAGING_OPERATION_TYPE}
 
 
 def peer_attributes(peer: Server | None) -> Attributes:
-    """Which broker it was, if its address is known as an IP literal."""
+    """The broker that answered, if its address is known as an IP literal."""
     if peer is None or not peer.is_ip:
         return {}
     return {NETWORK_PEER_ADDRESS: peer.address, NETWORK_PEER_PORT: peer.port}
@@ -146,8 +146,8 @@ def client_metric_attributes(
 ) -> Attributes:
     """The attributes of a client's own metric.
 
-    They are named as the Java agent names them. It has no group, but clients that were
-    given no id share one, and lag is a group's.
+    The names are those of the Java agent, which has no group. The group is added
+    because clients without an id of their own share one, and lag belongs to a group.
     """
     of_client = {
         "client-id": client_id,
@@ -169,13 +169,13 @@ def add_message(
     key: str | None = None,
     size: int | None = None,
 ) -> Attributes:
-    """Add what belongs to one message: to a span of one, to a link of a batch.
+    """Add the attributes of one message to its span, or to its link of a batch.
 
     Args:
-        attributes: What it is added to, and what is returned.
+        attributes: The attributes to add to; they are also returned.
         offset: The offset, if there is one.
-        key: The text of the key, if it has one that is recorded.
-        size: The size of the value in bytes, if it is recorded; -1 of a tombstone.
+        key: The text of the key, if it is recorded.
+        size: The size of the value in bytes, if it is recorded; -1 for a tombstone.
     """
     if offset is not None and offset >= 0:
         attributes[MESSAGING_KAFKA_OFFSET] = offset
@@ -194,16 +194,16 @@ def header_attributes(
     """`messaging.header.<name>`: the values of a header, always as a list of str.
 
     Args:
-        headers: A list of `(str, bytes)`. What else an application passes is for
-            kafka-python to refuse.
-        is_captured: Whether a header of this name is asked for.
+        headers: A list of `(str, bytes)`. Anything else is ignored: kafka-python
+            rejects it.
+        is_captured: Whether a header of this name is captured.
     """
     captured: dict[str, list[str]] = {}
     for header in headers if isinstance(headers, list) else ():
         if not isinstance(header, tuple) or len(header) != 2:  # noqa: PLR2004 (a pair)
             continue
         name, value = header
-        # A name with no UTF-8 form (lone surrogates) no exporter could encode.
+        # No exporter could encode a name without a UTF-8 form (lone surrogates).
         if (
             isinstance(name, str)
             and isinstance(value, bytes)
@@ -216,11 +216,11 @@ def header_attributes(
 
 
 def queue_seconds(timestamp: object, now: int) -> float | None:
-    """How long ago a record was written; never negative, whatever the clocks.
+    """How long ago a record was written; never negative, even if the clocks differ.
 
     Args:
-        timestamp: The record's, in milliseconds since the epoch; -1 or None if it
-            has none.
+        timestamp: The record's timestamp, in milliseconds since the epoch; -1 or None
+            if it has none.
         now: Nanoseconds since the epoch.
     """
     if not isinstance(timestamp, int) or timestamp < 0:
@@ -229,10 +229,10 @@ def queue_seconds(timestamp: object, now: int) -> float | None:
 
 
 def message_key(key: object) -> str | None:
-    """`messaging.kafka.message.key`, where the key has one unambiguous text form.
+    """`messaging.kafka.message.key`, if the key has one unambiguous text form.
 
-    That is the text of a str, an int, a float, a UUID, or of bytes that are UTF-8,
-    where it is printable. A str that has no UTF-8 form (lone surrogates) is not.
+    This is the text of a str, an int, a float, a UUID or UTF-8 bytes, if it is
+    printable. A str without a UTF-8 form (lone surrogates) is not printable.
     """
     try:
         if isinstance(key, (bytes, bytearray)):
@@ -248,7 +248,7 @@ def message_key(key: object) -> str | None:
         if text.isprintable():
             return text
     except Exception:
-        # Bytes that are no UTF-8, too many digits for Python to write, a class of the
-        # application's that raises whatever it likes.
+        # The bytes are not UTF-8, the number has too many digits for Python, or a class
+        # of the application raises an exception of its own.
         raise_signalled()
     return None

@@ -1,4 +1,4 @@
-"""The instrumentor, and what the launcher calls."""
+"""The instrumentor, and the entry points that the launcher calls."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from otel_kafka_python.package import _instruments_any
 class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untyped
     """Traces and measures kafka-python's producers and consumers.
 
-    A singleton, like every instrumentor: each call of the class gives the same
-    object, so that nothing is kept in `__init__`.
+    A singleton, like every instrumentor: each call of the class returns the same object
+    and runs `__init__` again, which therefore sets nothing.
     """
 
     # The SDK converts to it what its configuration file says.
@@ -50,7 +50,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     _is_launched = False
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """The requirement on the installed one of the distributions of `kafka`."""
+        """The requirement on the installed distribution of `kafka`."""
         for requirement in _instruments_any:
             try:
                 distribution(requirement.split(" ", 1)[0])
@@ -60,7 +60,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         return _instruments_any[:1]
 
     def _check_dependency_conflicts(self) -> DependencyConflict | None:
-        # As the launcher does: what is logged names every supported distribution.
+        # As the launcher does: the message then names every supported distribution.
         conflict = get_dependency_conflicts((), _instruments_any)
         # A frozen application may have the package without its metadata.
         if conflict is not None and not conflict.found_any and _is_importable("kafka"):
@@ -94,65 +94,63 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         raise_exception_on_conflict: bool = False,
         **unknown: NoReturn,
     ) -> None:
-        """Trace all producers and consumers, those that live already, too.
+        """Trace all producers and consumers, including existing ones.
 
-        kafka itself is not imported: the clients are patched once the program
-        imports it, or at once where it has.
+        This does not import kafka: the clients are patched when the program imports it,
+        or now if it has been imported.
 
-        What is not given is read from the environment variable that has the
-        keyword's name in capitals after `OTEL_PYTHON_KAFKA_`. A malformed value
-        is reported by one warning, and the default stands. Instrumenting twice
-        does nothing but say so. Set the providers first: then what is still on
-        its way at the interpreter's exit is ended before they shut down.
+        A keyword that is not given is read from the environment variable that has its
+        name in capitals after `OTEL_PYTHON_KAFKA_`. Invalid values are logged once and
+        the default is used. A second call only logs a warning. Set the providers first:
+        at exit, open spans then end before the providers shut down.
 
         Args:
             tracer_provider: Makes the spans; the global one by default.
             meter_provider: Makes the metrics; the global one by default.
-            logger_provider: Takes exceptions as log events, where
-                `OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` asks for these; the global
-                one by default.
+            logger_provider: Takes exceptions as log events, if
+                `OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` enables them; the global one by
+                default.
             produce_hook: Called as `produce_hook(span, args, kwargs)` with each
                 send span, after its creation and before the headers are built.
             consume_hook: Called as `consume_hook(span, record, args, kwargs)` once
                 for each record with the span that accounts for it alone.
-            excluded_topics: Globs of topics that are left alone: no spans, no
-                metrics, no injection. Default: "__consumer_offsets" and
-                "__transaction_state", which Kafka itself writes to.
-            propagation: Whether messages that are sent carry the context.
-                Default: true.
+            excluded_topics: Globs of topics without spans, metrics and headers.
+                Default: "__consumer_offsets" and "__transaction_state", which Kafka
+                itself writes to.
+            propagation: Whether sent messages carry the context. Default: true.
             propagation_excluded_topics: Globs of topics whose messages carry no
-                context, because their consumers take no headers. Default: none.
+                context, for consumers that take no headers. Default: none.
             send_spans: Whether `send` makes spans. Default: true.
             receive_spans: Whether `poll` and `next` make spans. Default: true.
             process_spans: Whether loops over records make spans. Default: true.
             process_parent: "message": a process span is a child of the message's
-                creation context, unless another span is current; "none": it is the
-                root of a trace of its own and only links. Default: "message".
+                creation context, unless another span is current. "none": it is the
+                root of its own trace and only links. Default: "message".
             commit_spans: "manual": `commit`, `commit_async` and transactions make
-                spans; "all": so do auto-commits that move an offset; "none": none
-                do. Default: "manual".
+                spans. "all": auto-commits that move an offset do, too. "none": none of
+                them do. Default: "manual".
             capture_message_key: Whether spans have the key of their message.
                 Default: true.
             capture_message_size: Whether spans have the size of their message's
                 serialised value, in bytes. Default: false.
-            capture_headers: Globs of the names of headers that spans have as
-                `messaging.header.<name>`, always a list of str; one that begins
+            capture_headers: Globs of the header names that spans have as
+                `messaging.header.<name>`, always a list of str. A glob that begins
                 with `!` excludes. Default: none.
             capture_queue_time: Whether process spans and a histogram have the time
                 from a record's timestamp until it was handed over. Default: false.
             next_process_spans: Whether `next(consumer)` makes a process span that
                 is current until the consumer is asked for more or is closed.
                 Default: false.
-            metrics: Whether the metrics of the convention, and of queue time, are
-                measured. Default: true.
+            metrics: Whether the metrics of the conventions and of queue time are
+                recorded. Default: true.
             client_metrics: Whether kafka-python's own metrics and the consumers' lag
                 are exported, too. Default: false.
-            skip_dep_check: Whether to instrument whatever version of kafka-python is
-                installed. Default: false.
-            raise_exception_on_conflict: Whether an unsupported version is raised as
-                an exception rather than logged. Default: false.
-            **unknown: Any other keyword is ignored, with one warning. Type checkers
-                refuse it.
+            skip_dep_check: Whether to instrument any installed version of kafka-python.
+                Default: false.
+            raise_exception_on_conflict: Whether an unsupported version raises an
+                exception instead of logging an error. Default: false.
+            **unknown: Any other keyword is ignored with one warning. Type checkers
+                reject it.
         """
         launched, self._is_launched = self._is_launched, False
         # The SDK has read its configuration file by then, and done what that says.
@@ -185,13 +183,13 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             raise_exception_on_conflict=raise_exception_on_conflict,
             **unknown,
         )
-        # The base class takes it for done, whatever has failed.
+        # The base class considers it done, even if it failed.
         if self._telemetry is None:
             self._is_instrumented_by_opentelemetry = False
 
     def _instrument(self, **kwargs: Any) -> None:
-        # An exception here would keep the launcher from loading the
-        # instrumentations that come after this one.
+        # An exception here would prevent the launcher from loading the remaining
+        # instrumentations.
         try:
             self._build(**kwargs)
         except Exception:
@@ -217,14 +215,14 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         self._telemetry = telemetry
         process_span.use(telemetry)
         _patches.when_imported(partial(self._patch, telemetry))
-        # Exit handlers run last in, first out: this one before that of a provider
-        # that was set before.
+        # Exit handlers run last in, first out: this one runs before the handler of a
+        # provider that was set earlier.
         atexit.unregister(_endings.abandon_all)
         atexit.register(_endings.abandon_all)
 
     def _patch(self, telemetry: Telemetry) -> None:
         """Patch the clients' classes, now that the program has imported kafka."""
-        if telemetry is not self._telemetry:  # it was uninstrumented before
+        if telemetry is not self._telemetry:  # it has been uninstrumented
             return
         try:
             self._layers = _patches.apply(telemetry)
@@ -243,7 +241,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
 
 
 def _is_importable(name: str) -> bool:
-    """Whether there is such a package; it is not imported."""
+    """Whether a package of this name exists; this does not import it."""
     try:
         return find_spec(name) is not None
     except (ImportError, ValueError):
@@ -256,9 +254,9 @@ def begin_launch() -> None:
 
 
 def take_over() -> None:
-    """Take over from the contrib package once the launcher has loaded everything.
+    """Take over from the contrib package after the launcher has loaded everything.
 
-    Where that package was loaded after this one, it is outermost then.
+    If that package was loaded after this one, its wrappers are the outermost.
     """
     KafkaPythonInstrumentor()._is_launched = False
     if KafkaPythonInstrumentor().is_instrumented_by_opentelemetry:

@@ -1,9 +1,9 @@
-"""kafka-python's insides, and what differs between its versions.
+"""kafka-python's insides, and the differences between its versions.
 
-This is the only module that touches anything private of kafka-python. Nothing
-in it asks the network or a name server: what the client has not learned yet is
-None. kafka-python is imported when it is first needed, because the launcher
-loads our entry points where it is not installed, too.
+This is the only module that uses private parts of kafka-python. It makes no network
+call and no name look-up: facts that the client does not know yet are None. It imports
+kafka-python on first use, because the launcher loads our entry points even if
+kafka-python is not installed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from otel_kafka_python._safety import raise_signalled
 
 _DEFAULT_PORT = 9092
 
-# Before this version of the broker's protocol records have no headers, and
-# `send` refuses them.
+# Before this version of the broker's protocol, records have no headers, and `send`
+# rejects them.
 _FIRST_VERSION_WITH_HEADERS = (0, 11)
 
-# Where the names that kafka-python gives to the broker's errors are not, or not
-# in all of its versions, those of the Kafka protocol.
+# The names of the Kafka protocol for errors that kafka-python, or some version of it,
+# names differently.
 _KAFKA_ERROR_NAMES = {
     -1: "UNKNOWN_SERVER_ERROR",
     6: "NOT_LEADER_OR_FOLLOWER",
@@ -41,11 +41,11 @@ _KAFKA_ERROR_NAMES = {
 }
 _REQUEST_TIMED_OUT = 7
 
-# The methods by which a batch of messages completes their futures, in all versions.
+# The methods by which a batch completes the futures of its messages, in all versions.
 _BATCH_ENDS = ("done", "_complete_future")
 
-# What a consumer's coordinator commits offsets by, in all versions up to 3.0, and
-# what it reads committed ones by.
+# The methods by which a consumer's coordinator commits offsets, in all versions up to
+# 3.0, and by which it reads committed offsets.
 COMMIT_SYNC = "commit_offsets_sync"
 COMMIT_ASYNC = "commit_offsets_async"
 REQUEST_ASYNC = "_do_commit_offsets_async"
@@ -59,8 +59,7 @@ _COMMITS = (
     _AUTO_COMMIT_CALLBACK,
 )
 FETCH_COMMITTED = "fetch_committed_offsets"
-# From 3.0 on these are coroutines, and what is auto-committed before a rebalance goes
-# through no other.
+# Coroutines of 3.0 and later. The auto-commit before a rebalance uses only these.
 COMMIT_COROUTINE = "_commit_offsets_sync_async"
 FETCH_COMMITTED_COROUTINE = "fetch_committed_offsets_async"
 
@@ -82,27 +81,27 @@ class Server(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The part of a client's configuration that its telemetry carries."""
+    """The part of a client's configuration that its telemetry uses."""
 
     client_id: str | None
     group: str | None
     bootstrap: Server | None
-    cluster: Callable[[], Any]  # gives its ClusterMetadata, or None
-    is_answered: bool  # whether brokers acknowledge what it sends
-    # Whether its `send` runs serialisers or a partitioner of the application's.
+    cluster: Callable[[], Any]  # returns its ClusterMetadata, or None
+    is_answered: bool  # whether brokers acknowledge its messages
+    # Whether its `send` runs serialisers or a partitioner of the application.
     is_extended: bool
 
 
 def settings(instance: Any) -> Settings:
     """The configuration of a producer, a consumer, or a consumer's coordinator."""
     config = instance.config
-    # The producer has its cluster's metadata, the consumer that of its client.
+    # A producer has the cluster's metadata itself; a consumer's network client has it.
     cluster = getattr(instance, "_metadata", None)
     network = getattr(instance, "_client", None)
     if cluster is None:
         cluster = getattr(network, "cluster", None)
     if "bootstrap_servers" not in config:  # a coordinator, which has fewer settings
-        # Since 3.0 the client has a manager that has the settings.
+        # From 3.0, the settings are those of the network client's manager.
         manager: Any = getattr(network, "_manager", network)
         config = {**manager.config, **config}
     return Settings(
@@ -120,13 +119,13 @@ def settings(instance: Any) -> Settings:
 
 
 def sends_headers(instance: Any) -> bool:
-    """Whether the broker of a client takes records with headers."""
+    """Whether the broker of a client supports records with headers."""
     version = instance.config.get("api_version")
     return not isinstance(version, tuple) or version >= _FIRST_VERSION_WITH_HEADERS
 
 
 def last_refresh(cluster: Any) -> object:
-    """When a client's metadata was refreshed; None if that is not known."""
+    """The time of the last metadata refresh of a client; None if it is unknown."""
     try:
         return cluster._last_successful_refresh_ms
     except AttributeError:  # there is no cluster, or it keeps no such time
@@ -154,9 +153,9 @@ def parse_bootstrap_servers(servers: Any) -> Server | None:
     """The first of the configured bootstrap servers.
 
     Args:
-        servers: As kafka-python takes it: "host:port", several of these with
-            commas, or a collection of such, each perhaps behind "PROTOCOL://",
-            an IPv6 address in brackets.
+        servers: The value that kafka-python takes: "host:port", several of these
+            separated by commas, or a collection of them. Each may begin with
+            "PROTOCOL://", and an IPv6 address is in brackets.
     """
     entries = servers.split(",") if isinstance(servers, str) else servers
     for entry in entries or ():
@@ -170,7 +169,7 @@ def parse_bootstrap_servers(servers: Any) -> Server | None:
 
 
 def plain(text: Any) -> Any:
-    """A str of no subclass, which in a metric would be an attribute of its own."""
+    """A plain str: a str of a subclass would create a time series of its own."""
     return str.__str__(text) if isinstance(text, str) else text
 
 
@@ -190,23 +189,23 @@ def argument(
 
 
 def partition_number(partition: Any) -> int | None:
-    """A partition as an int of no subclass, or None where it is no number.
+    """A partition as a plain int, or None if it is not a number.
 
-    kafka-python takes whatever is equal to the number of a partition: True is 1, and
-    an enumeration, a float or an integer of numpy's is as good as an int.
+    kafka-python accepts anything that equals the number of a partition: True, a member
+    of an enumeration, a float or an integer of NumPy.
     """
     if isinstance(partition, int):
         return int.__int__(partition)
     try:
         number = int(partition)
         return number if number == partition else None
-    except Exception:  # a class of the application's may raise whatever it likes
+    except Exception:  # a class of the application may raise any exception
         raise_signalled()
         return None
 
 
 class SendArguments(NamedTuple):
-    """The arguments of a call of `send`, None where it was given none."""
+    """The arguments of a call of `send`; None for those that are missing."""
 
     topic: Any
     key: Any
@@ -223,7 +222,7 @@ def send_arguments(
     *_: object,
     **__: object,
 ) -> SendArguments:
-    """Bind the arguments of a call of `send`, whose parameters begin so everywhere."""
+    """Bind the arguments of `send`, whose parameters begin this way in each version."""
     return SendArguments(topic, key, headers, partition)
 
 
@@ -235,7 +234,7 @@ def send_headers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def with_headers(
     args: tuple[Any, ...], kwargs: dict[str, Any], headers: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `send` with other headers, wherever these were."""
+    """The arguments of `send` with other headers, by position or by name."""
     at = _HEADERS_POSITION
     if len(args) > at:
         return (*args[:at], headers, *args[at + 1 :]), kwargs
@@ -243,7 +242,7 @@ def with_headers(
 
 
 def offsets_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The offsets that a commit, or what sends them to a transaction, was given."""
+    """The offsets that a commit or `send_offsets_to_transaction` was given."""
     return argument(args, kwargs, 0, "offsets")
 
 
@@ -262,39 +261,39 @@ def record_future_class() -> type:
 def when_done(future: Any, callback: Callable[[Any], None]) -> None:
     """Call back once with the result or the exception of a future.
 
-    A future that is done already calls back at once. What stands on the class of
-    `send`'s futures for the application's callbacks is passed by.
+    A future that is already done calls back at once. This bypasses our wrappers for the
+    application's callbacks on the class of `send`'s futures.
     """
     _adder()(future, callback, callback)
 
 
 @cache
 def _adder() -> Callable[[Any, Any, Any], object]:
-    """What adds a callback and an errback to a future."""
+    """The function that adds a callback and an errback to a future."""
     from kafka.future import Future  # noqa: PLC0415 (see the top)
 
     def add(future: Any, callback: Any, errback: Any) -> None:
         Future.add_callback(future, callback)
         Future.add_errback(future, errback)
 
-    # From 3.0 on with one lock.
+    # From 3.0, with one lock.
     return getattr(Future, "_add_cb_eb", add)
 
 
 class PendingSend(NamedTuple):
-    """What is known of a message before the broker has acknowledged it."""
+    """The known facts about a message before the broker acknowledges it."""
 
-    # Of a future that had failed before `send` returned it, it may be anything that
-    # the application gave.
+    # If the future failed before `send` returned it, this may be any value that the
+    # application passed.
     partition: Any
     size: int  # of the serialised value in bytes, -1 if it is null
-    # Of a future that had failed before `send` returned it: the client has refused it.
+    # Set if the future failed before `send` returned it: the client rejected it.
     error: BaseException | None
     batch: Any  # the future of the batch that the message is in
 
 
 def pending_send(future: Any) -> PendingSend:
-    """What the future that `send` has returned knows of its message."""
+    """The facts about a message that the future of its `send` has."""
     batch = future._produce_future
     _, partition = batch.topic_partition
     error = future.exception if future.is_done and not batch.is_done else None
@@ -303,23 +302,23 @@ def pending_send(future: Any) -> PendingSend:
 
 
 class FailedSend(NamedTuple):
-    """How far a message has come that is not delivered."""
+    """How far an undelivered message came."""
 
     was_sent: bool  # to a broker, or may have been
     is_answered: bool  # by the partition's leader, with the error
 
 
 def failed_send(error: BaseException, result: Any) -> FailedSend:
-    """How far a message had come whose future fails now, on this thread.
+    """How far a message came whose future fails now, on this thread.
 
     Args:
         error: The exception that it fails with.
-        result: The future of its batch, if `send` has only just returned: the batch
-            may have failed on another thread meanwhile.
+        result: The future of its batch, if `send` has just returned. The batch may have
+            failed on another thread meanwhile.
     """
     batch = _failing_batch()
-    # Since 2.2 a batch that the client gives up, for whatever reason, is in a state of
-    # its own, and has the offset -1.
+    # From 2.2, a batch that the client gives up has a state of its own, and the
+    # offset -1.
     if batch is None:
         aborted = (getattr(result, "value", None) or (None,))[0] == -1
         was_sent = not aborted
@@ -331,9 +330,10 @@ def failed_send(error: BaseException, result: Any) -> FailedSend:
 
 
 def _failing_batch() -> Any:
-    """The batch of the producer's that fails now, on this thread, if it can be found.
+    """The producer's batch that fails now, on this thread, if it can be found.
 
-    Nothing leads from a future to its batch: it is looked for among the callers.
+    A future has no reference to its batch, so the batch is looked for in the callers'
+    frames.
     """
     from kafka.producer.record_accumulator import ProducerBatch  # noqa: PLC0415
 
@@ -348,7 +348,7 @@ def _failing_batch() -> Any:
 
 
 def coordinator_class() -> type | None:
-    """The class by which consumers commit, or None if it is not one that is known."""
+    """The class by which consumers commit, or None if it lacks a known method."""
     try:
         from kafka.coordinator.consumer import ConsumerCoordinator  # noqa: PLC0415
     except ImportError:
@@ -361,9 +361,9 @@ def coordinator_class() -> type | None:
 def is_auto_commit(
     coordinator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether a call of `commit_offsets_async` is by the client itself."""
+    """Whether the client itself calls `commit_offsets_async`."""
     callback = argument(args, kwargs, 1, "callback")
-    # By what it is, because what the application passes may compare in its own way.
+    # `==` is avoided, because an object of the application may define it.
     return (
         isinstance(callback, MethodType)
         and callback.__self__ is coordinator
@@ -381,11 +381,11 @@ def coordinator_broker(coordinator: Any) -> Server | None:
 
 
 def offsets_by_partition(offsets: Any) -> dict[tuple[str, int], int]:
-    """The offsets that are to be committed, by topic and partition.
+    """The offsets to commit, by topic and partition.
 
     Args:
-        offsets: A dict of OffsetAndMetadata by TopicPartition. Of anything else,
-            which kafka-python refuses, there are none.
+        offsets: A dict of OffsetAndMetadata by TopicPartition. Anything else counts as
+            empty: kafka-python rejects it.
     """
     if not isinstance(offsets, Mapping):
         return {}
@@ -399,7 +399,7 @@ def offsets_by_partition(offsets: Any) -> dict[tuple[str, int], int]:
 
 
 def kind_of(instance: Any) -> str | None:
-    """Whether it is a "producer" or a "consumer"; None of what is neither."""
+    """Return "producer" or "consumer", or None for anything else."""
     from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (see the top)
 
     if isinstance(instance, KafkaProducer):
@@ -408,10 +408,10 @@ def kind_of(instance: Any) -> str | None:
 
 
 class ClientMetric(NamedTuple):
-    """A value of a metric that a client keeps itself."""
+    """A value of one of a client's own metrics."""
 
     value: float
-    tags: dict[str, str]  # `topic`, `partition`, `node-id`, where it is of one
+    tags: dict[str, str]  # `topic`, `partition` and `node-id`, where they apply
 
 
 def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
@@ -420,11 +420,11 @@ def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
     Args:
         instance: The client.
         kind: "producer" or "consumer".
-        name: The metric's name, as kafka-python has it.
+        name: The metric's name in kafka-python.
     """
     found = []
     topics: dict[str, str] | None = None
-    # None where the client was told to keep none (3.0 and later).
+    # None if the client keeps no metrics (3.0 and later).
     for metric, keeper in (instance.metrics(raw=True) or {}).items():
         if metric.name != name or not metric.group.startswith(kind):
             continue
@@ -433,7 +433,7 @@ def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
             if topics is None:
                 topics = _topics_by_tag(instance)
             tags["topic"] = topics.get(topic, topic)
-        # Of a node or a topic the group is named, too.
+        # A metric of a node or a topic has its name in the group.
         _, _, of_node = metric.group.partition("-node-metrics.")
         _, _, of_topic = metric.group.partition("-topic-metrics.")
         if of_node:
@@ -447,9 +447,9 @@ def client_metrics(instance: Any, kind: str, name: str) -> list[ClientMetric]:
 
 
 def _topics_by_tag(consumer: Any) -> dict[str, str]:
-    """The topics by their tags, in which kafka-python has replaced each dot.
+    """The topics by their tags, in which kafka-python replaces each dot.
 
-    A tag that several topics share is left out.
+    Tags that several topics share are left out.
     """
     topics = {partition.topic for partition in list(_assigned(consumer))}
     tags = {topic: topic.replace(".", "_") for topic in topics}
@@ -463,16 +463,16 @@ def _assigned(consumer: Any) -> dict[Any, Any]:
 
 
 def record_lags(consumer: Any) -> list[ClientMetric]:
-    """How many records each partition has that the consumer has not been given.
+    """The number of records of each partition that the consumer has yet to get.
 
-    As far as the last fetch has told: no request is made. A consumer that is closed
-    has none, as it has none of its own metrics any more.
+    The numbers are from the last fetch: this makes no request. A closed consumer has no
+    lags, just as it has no metrics of its own.
     """
     lags: list[ClientMetric] = []
     if consumer._closed:
         return lags
     for (topic, partition), state in list(_assigned(consumer).items()):
-        # Up to 2.0 it is an int.
+        # Up to 2.0, the position is an int.
         position = getattr(state._position, "offset", state._position)
         if position is not None and state.highwater is not None:
             tags = {"topic": topic, "partition": str(partition)}
@@ -485,15 +485,15 @@ def transaction_group(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | N
     group = argument(args, kwargs, 1, "consumer_group_id")
     if group is None:
         group = argument(args, kwargs, 1, "group_metadata")
-    group = getattr(group, "group_id", group)  # since 3.0 it may be more than a name
+    group = getattr(group, "group_id", group)  # from 3.0, it may be more than a name
     return plain(group) if isinstance(group, str) else None
 
 
 def error_type(error: BaseException) -> str:
-    """Kafka's name of an error where it has one, else the name of its class."""
+    """Kafka's name of an error if it has one, else the name of its class."""
     code = _error_code(error)
     if code is not None:
-        # A code that kafka-python does not know has a class with no name of its own.
+        # For a code that kafka-python does not know, it makes a class without a name.
         name = _KAFKA_ERROR_NAMES.get(code) or vars(type(error)).get("message")
         if isinstance(name, str):
             return name
@@ -503,14 +503,14 @@ def error_type(error: BaseException) -> str:
 def is_answer(error: BaseException) -> bool:
     """Whether an error that ended a send or a commit is the broker's own answer.
 
-    Up to 2.1 a batch that expires in the client fails with the broker's error
-    for a time-out, so that one says nothing of where it is from.
+    Up to 2.1, a batch that expires in the client fails with the broker's error for a
+    time-out, so the origin of that error is unknown.
     """
     return _error_code(error) not in (None, _REQUEST_TIMED_OUT)
 
 
 def _error_code(error: BaseException) -> int | None:
-    """The number that the Kafka protocol has for an error, if it has one."""
+    """The number of an error in the Kafka protocol, if it has one."""
     from kafka.errors import BrokerResponseError  # noqa: PLC0415 (see the top)
 
     code = error.errno if isinstance(error, BrokerResponseError) else None

@@ -1,4 +1,4 @@
-"""What a span says of the messages that it accounts for."""
+"""The attributes and links that describe a span's messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from otel_kafka_python._semconv import (
 
 @runtime_checkable
 class Record(Protocol):
-    """A ConsumerRecord: what is read of it, which each version of kafka-python has."""
+    """The part of a ConsumerRecord that is read; every kafka-python has it."""
 
     @property
     def topic(self) -> str:
@@ -64,7 +64,7 @@ class Record(Protocol):
 
 
 def shared(partitions: Collection[tuple[str, int]]) -> tuple[str | None, int | None]:
-    """The topic and the partition that all are, each None if they are several."""
+    """The topic and the partition that all share, each None if there are several."""
     if len(partitions) == 1:
         ((topic, partition),) = partitions
         return topic, partition
@@ -81,16 +81,16 @@ def account_for(
 ) -> Sequence[Link]:
     """Describe the messages that a span of a batch accounts for.
 
-    Of a single message, what belongs to it stands on the span. Of two or more, what is
-    the same for all does, and what differs stands on the link to each one's creation
-    context.
+    The attributes of a single message are on the span. With two or more messages, the
+    attributes that all of them share are on the span, and those that differ are on the
+    links to their creation contexts.
 
     Args:
         config: The settings.
         records: The records, at least one.
         topic: The topic that they share, or None.
         partition: The partition that they share, or None.
-        attributes: Those of the span, to which theirs are added.
+        attributes: The span's attributes, to which theirs are added.
 
     Returns:
         The span's links.
@@ -105,12 +105,12 @@ def account_for(
 
 
 def _common(config: Config, records: Sequence[Record]) -> Attributes:
-    """What is the same for all of these messages."""
+    """The attributes that all of these messages share."""
     common: Attributes = {}
     first = records[0]
     describe(config, first, common)
     common.pop(MESSAGING_KAFKA_OFFSET, None)
-    # By the fields, up to the first that differs, which takes no call.
+    # Comparing the fields up to the first that differs makes no calls.
     for record in records:
         if record.key != first.key:
             common.pop(MESSAGING_KAFKA_MESSAGE_KEY, None)
@@ -133,16 +133,16 @@ def _common(config: Config, records: Sequence[Record]) -> Attributes:
 
 
 class Links(Sequence[Link]):
-    """Links to the creation contexts of records, made once somebody asks for them.
+    """Links to the creation contexts of records, made on first access.
 
-    For a span that is not sampled nobody asks: saves 3 µs a record.
+    The links of an unsampled span are usually not accessed: this saves 3 µs per record.
 
     Args:
         config: The settings.
         records: The records, at least one.
         topic: The topic that they share, or None.
         partition: The partition that they share, or None.
-        common: What their span says of all of them.
+        common: The attributes that are on the span for all of them.
     """
 
     __slots__ = ("_common", "_config", "_made", "_partition", "_records", "_topic")
@@ -163,7 +163,7 @@ class Links(Sequence[Link]):
         self._made: Sequence[Link] | None = None
 
     def __bool__(self) -> bool:
-        # Whether there are any is not known before they are made.
+        # It is not known before the links are made whether there are any.
         return True
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class Links(Sequence[Link]):
         if len(self._records) == 1:
             created = creation_context(self._records[0].headers)
             return () if created is None else (Link(created),)
-        # All are made: the SDK counts those that exceed its limit as dropped.
+        # All links are made: the SDK counts those above its limit as dropped.
         return [
             Link(created, self._about(record))
             for record in self._records
@@ -212,12 +212,12 @@ class Links(Sequence[Link]):
 def describe(
     config: Config, record: Record, attributes: Attributes, started: int | None = None
 ) -> None:
-    """Add what belongs to one message, to a span of one or to a link of a batch.
+    """Add the attributes of one message to its span, or to its link of a batch.
 
     Args:
         config: The settings.
         record: The message.
-        attributes: What it is added to.
+        attributes: The attributes to add to.
         started: When its processing started, in nanoseconds since the epoch; None if
             it is only received.
     """
@@ -235,14 +235,14 @@ def describe(
 
 
 class LazyAttributes(Mapping[str, Any]):
-    """The attributes of a process span, put together once somebody asks for them.
+    """The attributes of a process span, built on first access.
 
-    For a span that is not sampled mostly nobody asks.
+    The attributes of an unsampled span are usually not accessed.
 
     Args:
         config: The settings.
         record: The message.
-        known: What is the same for all messages of its topic and partition.
+        known: The attributes of all messages of its topic and partition.
         started: When its processing started, in nanoseconds since the epoch.
     """
 
@@ -277,7 +277,7 @@ class LazyAttributes(Mapping[str, Any]):
         return self._all().items()
 
     def copy(self) -> Attributes:
-        """As of a dict, and of the SDK's view of one, which asks for it."""
+        """Copy them into a dict, as the SDK asks of attributes that it is given."""
         return self._all().copy()
 
     def _all(self) -> Attributes:
@@ -290,7 +290,7 @@ class LazyAttributes(Mapping[str, Any]):
 
 
 def captured_headers(config: Config, headers: Any) -> Attributes:
-    """What `capture_headers` asks for; the propagators' own fields never."""
+    """The headers that `capture_headers` selects, without the propagators' fields."""
     return header_attributes(
         headers, lambda name: not is_propagated(name) and config.captures(name)
     )

@@ -1,9 +1,9 @@
 """kafka-python's own metrics, observed when they are collected.
 
-They are named as the OpenTelemetry Java agent names those of the Java client, which
-kafka-python has its metrics from. All of them are gauges: kafka-python has rates,
-averages and maxima. Beside them stands a consumer's lag, in records and in seconds.
-Nothing here asks the broker for anything.
+The names are those of the OpenTelemetry Java agent for the Java client, from which
+kafka-python took its metrics. All of them are gauges: kafka-python has rates, averages
+and maxima. This module adds the lag of consumers, in records and in seconds. Nothing
+here makes a request to the broker.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ NAMES = {
         *("join-time-max", "last-heartbeat-seconds-ago", "records-consumed-rate"),
         *("records-lag-max", "records-per-request-avg", "sync-rate"),
         *("sync-time-avg", "sync-time-max"),
-        # Worked out here: kafka-python has only the maximum of the first.
+        # Calculated here: kafka-python has only the maximum of the first.
         *("records-lag", "time-lag"),
     ),
 }
 
-# What the Java client, and kafka-python's own description, have in milliseconds,
-# kafka-python has in seconds.
+# kafka-python has these in seconds, and the Java client, like kafka-python's own
+# description, in milliseconds.
 _IN_SECONDS = ("record-queue-time-avg", "record-queue-time-max")
 
 _UNITS = {"time-lag": "s"}
@@ -70,7 +70,8 @@ Living = Callable[[], Iterable[tuple[Any, Client]]]
 class ClientMetrics:
     """The gauges of a meter, which outlive one instrumentation.
 
-    An SDK takes no second callback for an instrument of the same name, and none back.
+    An SDK accepts no second callback for an instrument of the same name, and cannot
+    remove one.
 
     Args:
         meter: Makes the gauges.
@@ -89,8 +90,8 @@ class ClientMetrics:
     def observe(self, living: Living) -> None:
         """Observe other clients from now on.
 
-        What has them has the provider, too, which would never be let go if it were
-        held here.
+        The reference is weak, because the owner of the clients also owns the provider,
+        which would otherwise never be released.
         """
         self._living = weakref.WeakMethod(living)
 
@@ -123,8 +124,7 @@ def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Obser
         found = list(_time_lags(instance, client))
     else:
         found = _kafka.client_metrics(instance, kind, name)
-    # Where there is one for each topic or node, what sums these up would be counted
-    # twice.
+    # If there is one value for each topic or node, their sum would be counted twice.
     most = max((len(each.tags) for each in found), default=0)
     for each in found:
         if len(each.tags) == most and math.isfinite(each.value):
@@ -136,11 +136,11 @@ def _read(instance: Any, client: Client, kind: str, name: str) -> Iterator[Obser
 
 
 def _time_lags(consumer: Any, client: Client) -> Iterator[ClientMetric]:
-    """How long ago the last record was written that each partition has handed over.
+    """The age of the last record of each partition that the application got.
 
-    It is 0 where nothing is behind: no more records are known of, and the application
-    has asked for more since. A consumer that is stuck with the last record it knows of
-    would otherwise seem to be up to date.
+    It is 0 if the consumer is up to date: it knows of no more records, and the
+    application has asked for more since. Without the second condition, a consumer that
+    is stuck in the last known record would seem to be up to date.
     """
     now = time.time_ns()
     for records, tags in _kafka.record_lags(consumer):

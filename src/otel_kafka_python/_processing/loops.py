@@ -1,19 +1,19 @@
-"""Whether a `for` statement is asking for the next record, and how it ended.
+"""Whether a `for` statement asks for the next record, and how it ended.
 
-A pull API has no callback: only the loop that asks for the next record shows
-how long the one before it was being processed. An iterator is asked in many
-other ways (`list`, `sorted`, a comprehension, `next` in a thread pool) by whom
-no record is processed, and which would leave a context attached behind them. So
-the iterator looks at the instruction that asks it, in the frame that calls it.
+A pull API has no callback: only the loop that asks for the next record shows how long
+the record before it was processed. But `list`, `sorted`, comprehensions and `next` in a
+thread pool also ask for records. They process none, and would leave a context attached.
+So the iterator looks at the instruction that asks for the record, in the frame that
+calls it.
 
-The answer needs CPython's bytecode. It is tried on a few shapes of loops before
-it is believed; where it cannot be had, no loop is seen.
+The answer needs CPython's bytecode. It is trusted only after a trial with a few shapes
+of loops. If the trial fails, no loop is recognised.
 
-When an exception leaves a loop's body, CPython drops the loop's iterator before
-any `except` is reached. The exception is in nobody's hands then, but it has just
-left two traces among the youngest objects of the garbage collector: an entry of
-its traceback, which names the frame and the instruction, and, from Python 3.12 on,
-itself with that traceback. Nothing is claimed without the first.
+When an exception leaves a loop's body, CPython drops the loop's iterator before it
+reaches any `except`. No variable holds the exception then, but it has just left two
+traces among the youngest objects of the garbage collector: an entry of its traceback,
+which names the frame and the instruction, and, from Python 3.12, the exception itself
+with that traceback. Without the entry, no failure is reported.
 """
 
 from __future__ import annotations
@@ -39,25 +39,26 @@ _YIELDS = _DELEGATIONS | {"YIELD_VALUE"}
 _APPENDS = frozenset(
     {"LIST_APPEND", "SET_ADD", "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE"}
 )
-# What stands between the last instruction of a loop's body and the first after
-# it; several in a row where the loop is the end of another loop's body.
+# The instructions between the last one of a loop's body and the first one after it.
+# There are several in a row if the loop is the end of another loop's body.
 _LOOP_ENDS = frozenset(
     {"JUMP_BACKWARD", "END_FOR", "POP_ITER", "END_ASYNC_FOR", "NOP", "EXTENDED_ARG"}
 )
 
-# What ends a loop and raises nothing; to look no further saves the search.
+# These end a loop and raise nothing, so no search is needed.
 _QUIET = frozenset({"FOR_ITER", "POP_ITER", "POP_TOP", "END_FOR"})
-# These raise what was raised before, mostly without a new entry in its traceback.
+# These raise an exception again, mostly without a new entry in its traceback.
 _RERAISES = frozenset({"RERAISE", "CLEANUP_THROW", "END_ASYNC_FOR"})
 _RAISES = _RERAISES | {"RAISE_VARARGS"}
-# These drop an iterator that stands in a variable, and a jump is where an interrupt
-# may be raised.
+# The first two drop an iterator that is in a variable. An interrupt may be raised at a
+# jump.
 _DROPS = ("STORE", "DELETE", "JUMP")
-# Where a generator or a coroutine waits, and what is thrown into it is raised.
-# On 3.10 one that waits for another stands at the LOAD_CONST before its YIELD_FROM.
+# A generator or coroutine waits at these, and exceptions that are thrown into it are
+# raised at them. On 3.10, one that waits for another is at the LOAD_CONST before its
+# YIELD_FROM.
 _WAITS = _YIELDS | {"RESUME", "JUMP_BACKWARD_NO_INTERRUPT", "LOAD_CONST"}
-# More young objects than these are not searched: with the garbage collector
-# disabled all objects are young.
+# The search is skipped if there are more young objects: all objects are young if the
+# garbage collector is disabled.
 _MOST_YOUNG = 25_000
 
 _STANDARD_LIBRARY = str(Path(dis.__file__).parent) + os.sep
@@ -65,20 +66,20 @@ _THIRD_PARTY = ("site-packages", "dist-packages")
 
 
 class Asker(Enum):
-    """What kind of instruction asks for the next item."""
+    """The kind of instruction that asks for the next item."""
 
     LOOP = auto()
-    # A generator's loop that yields, a generator expression's too, or its `yield
-    # from`: nothing but a loop over the generator bounds what happens to an item.
+    # A loop in a generator that yields, a generator expression, or a `yield from`: only
+    # a loop over the generator shows how long an item is processed.
     GENERATOR = auto()
     OTHER = auto()
 
 
 def is_loop(frame: FrameType | None) -> bool:
-    """Whether a `for` statement is what now asks for the next item.
+    """Whether a `for` statement asks for the next item.
 
-    `enumerate`, `zip` and other iterators written in C are seen as the `for`
-    that they stand in, and so is a generator that hands the items on.
+    `enumerate`, `zip` and other iterators written in C count as the `for` statement
+    that they are in. So does a generator that hands the items on.
 
     Args:
         frame: The frame that called the iterator's `__next__`.
@@ -94,12 +95,12 @@ def is_loop(frame: FrameType | None) -> bool:
 
 @lru_cache(maxsize=1024)
 def asker_at(code: CodeType, filename: str, offset: int) -> Asker:
-    """What the instruction at `offset` of `code` is, as far as that is known.
+    """The kind of the instruction at `offset` of `code`, as far as it is known.
 
     Args:
         code: The code.
-        filename: Its file, which the equality of code objects leaves out.
-        offset: The offset of the instruction, as `f_lasti` gives it.
+        filename: Its file, which comparisons of code objects ignore.
+        offset: The offset of the instruction, from `f_lasti`.
     """
     if not _is_trusted() or _is_library(filename):
         return Asker.OTHER
@@ -107,8 +108,8 @@ def asker_at(code: CodeType, filename: str, offset: int) -> Asker:
 
 
 def _is_library(filename: str) -> bool:
-    # The loops of the standard library copy, write or hand on what they are
-    # given (json with an indent, multiprocessing's pools); they process nothing.
+    # The loops of the standard library copy, write or hand on their items (json with an
+    # indent, multiprocessing's pools); they process nothing.
     if filename.startswith("<frozen "):
         return True
     return filename.startswith(_STANDARD_LIBRARY) and not any(
@@ -119,7 +120,7 @@ def _is_library(filename: str) -> bool:
 def _read(code: CodeType, offset: int) -> Asker:
     is_generator = bool(code.co_flags & inspect.CO_GENERATOR)
     if code.co_name in _COMPREHENSIONS or (
-        code.co_name == "<genexpr>" and not is_generator  # but an asynchronous one
+        code.co_name == "<genexpr>" and not is_generator  # an asynchronous one
     ):
         return Asker.OTHER
     instructions = list(dis.get_instructions(code))
@@ -127,12 +128,12 @@ def _read(code: CodeType, offset: int) -> Asker:
     asking = instructions[index]
     if asking.opname in _DELEGATIONS:
         return Asker.GENERATOR
-    # Since 3.14 `any` and `all` of a generator expression loop inline. They test an
-    # item, where a statement stores it.
+    # From 3.14, `any` and `all` of a generator expression loop inline. They test an
+    # item; a statement stores it.
     if asking.opname != "FOR_ITER" or instructions[index + 1].opname == "TO_BOOL":
         return Asker.OTHER
-    # Since 3.12 a comprehension stands inline in the code around it. It differs
-    # from a statement in that each round of its loop ends with an append.
+    # From 3.12, a comprehension is inline in the code around it. Unlike a statement's,
+    # each round of its loop ends with an append.
     start = index
     while start and instructions[start - 1].opname == "EXTENDED_ARG":
         start -= 1
@@ -153,7 +154,7 @@ def _read(code: CodeType, offset: int) -> Asker:
 
 
 def _index_of(instructions: list[dis.Instruction], offset: int) -> int:
-    # The offset may be that of an inline cache behind the instruction, or of an
+    # The offset may be the one of an inline cache after the instruction, or of an
     # EXTENDED_ARG before it.
     index = max(i for i, each in enumerate(instructions) if each.offset <= offset)
     while instructions[index].opname == "EXTENDED_ARG":
@@ -162,7 +163,7 @@ def _index_of(instructions: list[dis.Instruction], offset: int) -> int:
 
 
 def _last_of_body(instructions: list[dis.Instruction], back: int) -> str:
-    """What a loop's body ends with, before the jump `back` to the loop's start."""
+    """The last instruction of a loop's body, before its jump `back` to the start."""
     for index in range(back - 1, 0, -1):
         name = instructions[index].opname
         before = instructions[index - 1].opname
@@ -174,7 +175,7 @@ def _last_of_body(instructions: list[dis.Instruction], back: int) -> str:
 
 
 class _Probe:
-    """Three items, and whether each time it was a loop that asked."""
+    """Three items, and whether a loop asked for each."""
 
     def __init__(self) -> None:
         self.answers: list[bool] = []
@@ -192,10 +193,10 @@ class _Probe:
 
 @cache
 def _is_trusted() -> bool:
-    """Whether this interpreter's bytecode is understood, found out by trying.
+    """Whether this package understands the interpreter's bytecode, by a trial.
 
-    An interpreter without reference counts would not drop an iterator at the end
-    of its loop, so on no other than CPython would the end be seen.
+    An interpreter without reference counts does not drop an iterator at the end of its
+    loop, so the end can be seen only on CPython.
     """
     if sys.implementation.name != "cpython":
         return False
@@ -229,7 +230,7 @@ def _try_others() -> list[bool]:
     list(item for item in six)
     next(seven)
     any(not item for item in eight)
-    # What is no syntax before Python 3.15 has to be compiled to be tried.
+    # This is a syntax error before Python 3.15, so it is compiled here.
     for unpacking in ("[*i for i in it]", "{*i for i in it}", "{**{i: 1} for i in it}"):
         probe = _Probe()
         with suppress(SyntaxError):
@@ -242,7 +243,7 @@ class Failure(NamedTuple):
     """An exception ended a loop.
 
     Args:
-        error: The exception, or None if it cannot be told.
+        error: The exception, or None if it cannot be identified.
     """
 
     error: Exception | None
@@ -251,22 +252,22 @@ class Failure(NamedTuple):
 def failure(
     frame: FrameType | None, asked_in: CodeType | None, asker: Asker, stops: int
 ) -> Failure | None:
-    """Say whether an exception is ending a loop, whose iterator is being dropped.
+    """Find out whether an exception ends a loop whose iterator is being dropped.
 
-    A loop that is left in another way has not failed, and neither has one that
-    KeyboardInterrupt, SystemExit or another exception ends that is no `Exception`.
+    A loop that is left in another way has not failed. Neither has a loop that ends with
+    KeyboardInterrupt, SystemExit or another exception that is not an `Exception`.
 
     Args:
         frame: The frame in which the iterator is dropped.
         asked_in: The code that asked for the last item.
-        asker: What asked for it.
-        stops: What `references_to_stops` gave when the loop began.
+        asker: The kind of instruction that asked for it.
+        stops: The result of `references_to_stops` at the beginning of the loop.
 
     Returns:
-        The failure, or None if there is none or that is not certain.
+        The failure, or None if there is none or if it is uncertain.
     """
     if asker is Asker.GENERATOR:
-        # A generator that is closed, because the loop over it ends, comes first.
+        # If the loop over a generator ends, the generator is closed first.
         while frame is not None and _may_be_closing(frame):
             found = _failure_in(frame, stops)
             if found is not None:
@@ -278,10 +279,10 @@ def failure(
 
 
 def references_to_stops() -> int:
-    """How many references there are to the exceptions that stop a program.
+    """The number of references to the exceptions that stop a program.
 
-    Up to Python 3.11 they cannot be found while they are raised, but they hold their
-    class: there is one reference more. Later the classes are immortal.
+    Up to Python 3.11, an exception cannot be found while it is raised, but it holds its
+    class, so there is one more reference. Later, the classes are immortal.
     """
     if sys.version_info >= (3, 12):
         return 0
@@ -298,7 +299,7 @@ def _may_be_closing(frame: FrameType) -> bool:
 
 @lru_cache(maxsize=1024)
 def _opname(code: CodeType, offset: int) -> str:
-    """The name of an instruction; RERAISE for a `raise` of nothing new."""
+    """The name of an instruction; RERAISE for a bare `raise`."""
     instructions = list(dis.get_instructions(code))
     instruction = instructions[_index_of(instructions, offset)]
     if instruction.opname == "RAISE_VARARGS" and not instruction.arg:
@@ -307,7 +308,7 @@ def _opname(code: CodeType, offset: int) -> str:
 
 
 def _failure_in(frame: FrameType, stops: int) -> Failure | None:
-    """Say whether an exception is leaving a frame, or a block of it."""
+    """Find out whether an exception is leaving a frame, or a block of it."""
     opname = _opname(frame.f_code, frame.f_lasti)
     if opname in _QUIET:
         return None
@@ -319,7 +320,7 @@ def _failure_in(frame: FrameType, stops: int) -> Failure | None:
         if not (_fitting(traces, frame, opname) if names else traces.entries):
             traces = _search_older(frame, traces)
         fitting = _fitting(traces, frame, opname)
-        # Without a trace a collection may just have made a clean stop still older.
+        # Without a trace: a collection may have just made those of a clean stop older.
         is_raised = bool(traces.entries or fitting) or (
             opname in _RAISES and gc.get_count()[1] > 0
         )
@@ -329,7 +330,7 @@ def _failure_in(frame: FrameType, stops: int) -> Failure | None:
     if is_told or (names and fitting):
         might_be = fitting
     else:
-        # A closed generator leaves its GeneratorExit behind.
+        # A closed generator leaves a GeneratorExit behind.
         might_be = [e for e in traces.exceptions if type(e) is not GeneratorExit]
     if (
         not is_raised
@@ -343,10 +344,10 @@ def _failure_in(frame: FrameType, stops: int) -> Failure | None:
 
 
 class _Traces(NamedTuple):
-    """What exceptions have left among the youngest objects, the oldest first.
+    """The traces of exceptions among the youngest objects, the oldest first.
 
     Args:
-        entries: The entries of tracebacks that are of a frame's last instruction.
+        entries: The traceback entries of a frame's last instruction.
         exceptions: All exceptions.
     """
 
@@ -355,21 +356,21 @@ class _Traces(NamedTuple):
 
 
 def _fitting(traces: _Traces, frame: FrameType, opname: str) -> list[BaseException]:
-    """The exceptions that may be what is leaving a frame."""
+    """The exceptions that may be leaving a frame."""
     if opname in _RERAISES:
         return [
             each
             for each in traces.exceptions
             if each.__traceback__ is not None and each.__traceback__.tb_frame is frame
         ]
-    # An exception that has been kept may be of the same place.
+    # An older exception that the program kept may be from the same place.
     entry = traces.entries[-1] if traces.entries else None
     return [each for each in traces.exceptions if entry and each.__traceback__ is entry]
 
 
 def _search_older(frame: FrameType, younger: _Traces) -> _Traces:
-    """Search what a collection that has just run has made older, too."""
-    # So many objects can have been made since the second generation's last one.
+    """Also search the objects that a collection has just made older."""
+    # At most this many objects were made since the second generation's last collection.
     if gc.get_threshold()[0] * gc.get_count()[1] > _MOST_YOUNG:
         return younger
     older = _search(frame, 1)
@@ -383,7 +384,7 @@ def _search(frame: FrameType, generation: int) -> _Traces:
     entries: list[TracebackType] = []
     exceptions: list[BaseException] = []
     for each in gc.get_objects(generation):
-        # Never `isinstance`, which asks proxies for their class.
+        # Not `isinstance`, which calls `__class__` of proxies.
         kind = type(each)
         if kind is TracebackType:
             if each.tb_frame is frame and each.tb_lasti == offset:
@@ -394,9 +395,9 @@ def _search(frame: FrameType, generation: int) -> _Traces:
 
 
 def _is_thrown_in(traceback: TracebackType) -> bool:
-    """Whether nothing written in Python raised it, but who threw it where one waits.
+    """Whether the exception was thrown into a waiting generator or coroutine.
 
-    That is how generators are closed and tasks are cancelled.
+    This is how generators are closed and tasks are cancelled.
     """
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -405,8 +406,8 @@ def _is_thrown_in(traceback: TracebackType) -> bool:
 
 
 def _is_searchable() -> bool:
-    """Whether the youngest objects can be searched now, and soon."""
-    # A free-threaded build has no generations: it would list all objects.
+    """Whether the youngest objects can be searched now, in a short time."""
+    # A free-threaded build has no generations, so the search would list all objects.
     return (
         "free-threading" not in sys.version
         and gc.get_count()[0] < _MOST_YOUNG
@@ -415,13 +416,13 @@ def _is_searchable() -> bool:
 
 
 class _Trial(NamedTuple):
-    # Whether the entry of a traceback is found, and whether the exception is.
+    # Whether the entry of a traceback and the exception itself are found.
     finds: bool
     names: bool
 
 
 class _Dropped:
-    """An iterator that notes what is found when it is dropped."""
+    """An iterator that notes the result of the search when it is dropped."""
 
     def __init__(self, found: list[tuple[int, list[int]]]) -> None:
         self._found = found
@@ -441,8 +442,8 @@ class _Dropped:
 
 @cache
 def _trial() -> _Trial:
-    """What this interpreter's garbage collector shows, found out by trying."""
-    # A collection in the midst of a try spoils it.
+    """The objects that the garbage collector shows here, by a trial."""
+    # A collection during a trial spoils it.
     tried = [_try_endings() for _ in range(3)]
     return _Trial(*map(any, zip(*tried, strict=True)))
 

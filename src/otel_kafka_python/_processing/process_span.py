@@ -21,21 +21,21 @@ from otel_kafka_python._processing.spans import open_batch_scope, open_scope
 from otel_kafka_python._safety import is_new, logger, raise_signalled, report
 from otel_kafka_python._telemetry import Telemetry
 
-# The one that `instrument()` has set up.
+# The telemetry of `instrument()`.
 _instrumented: Telemetry | None = None
 
 
 @cache
 def _global_telemetry() -> Telemetry:
-    """The global providers', where nothing was instrumented."""
+    """The telemetry of the global providers, if nothing is instrumented."""
     return Telemetry(_config.load({}))
 
 
 def use(telemetry: Telemetry | None) -> None:
-    """Have `process_span` work with what `instrument()` has set up."""
+    """Set the telemetry that `process_span` uses; None for the global providers."""
     global _instrumented  # noqa: PLW0603 (there is one instrumentation)
     _instrumented = telemetry
-    # Another may be wanted once nothing is instrumented any more.
+    # The global providers may be others when nothing is instrumented any more.
     _global_telemetry.cache_clear()
 
 
@@ -45,31 +45,30 @@ def process_span(
 ) -> AbstractContextManager[Span]:
     """Trace the processing of a record, or of several as one batch.
 
-    Inside a loop over the record it adopts the loop's span, so that an exception
-    is recorded there; anywhere else (a worker thread, a record taken from what
-    `poll` returned, a batch, a process that is not instrumented) it makes a span
-    of its own.
+    Inside a loop over the record, it adopts the loop's span and records exceptions
+    there. Anywhere else (a worker thread, a record that is taken from the result of
+    `poll`, a batch, a process that is not instrumented), it makes a span of its own.
 
     Args:
-        records: A record, a sequence of records, or what `poll` returned. Not an
-            iterator: reading it here would leave nothing for the application.
-        consumer: Where they are from. A record says neither its group nor its
-            client nor its server: with the consumer the span has these, too.
+        records: A record, a sequence of records, or the result of `poll`. An iterator
+            is rejected: reading it here would leave nothing for the application.
+        consumer: The consumer of the records. A record does not know its group, its
+            client or its server; with the consumer, the span has these, too.
 
     Returns:
-        A context manager that gives the span, current within it. An exception
-        that leaves it is recorded and goes on.
+        A context manager that returns the span, which is current within it. An
+        exception that leaves it is recorded and propagates.
     """
     return _ProcessSpan(records, consumer)
 
 
 class _ProcessSpan(AbstractContextManager[Span]):
-    """What `process_span` returns."""
+    """The context manager that `process_span` returns."""
 
     def __init__(self, records: Any, consumer: Any) -> None:
         self._given = records
         self._consumer = consumer
-        # Of each entry that has not been left: its scope, and whether that is its own.
+        # For each entry that has not been left: its scope, and whether it made that.
         self._entries: list[tuple[Scope | None, bool]] = []
 
     def __enter__(self) -> Span:
@@ -119,11 +118,11 @@ class _ProcessSpan(AbstractContextManager[Span]):
         if scope is None:
             return
         try:
-            # What is no Exception (SystemExit, CancelledError, GeneratorExit) is a
-            # clean stop.
+            # SystemExit, CancelledError, GeneratorExit and others that are not an
+            # Exception are a clean stop.
             if isinstance(error, Exception):
                 scope.fail_with(error)
-        finally:  # of an interrupt, too
+        finally:  # also after an interrupt
             if is_own:
                 scope.close()
 
@@ -134,7 +133,7 @@ def _flatten(given: Any) -> list[Record]:
     lists = given.values() if isinstance(given, Mapping) else [given]
     records: list[Record] = []
     for each in lists:
-        # Asked before anything is read: an iterator's records are the application's.
+        # Checked before anything is read: the application needs an iterator's records.
         if not _holds_records(each):
             raise TypeError
         if isinstance(each, Records):
@@ -149,7 +148,7 @@ def _holds_records(given: object) -> bool:
 
 
 def _refused(given: Any) -> str | None:
-    """What `process_span` was given that it does not take, by its type; or None."""
+    """The type of an argument that `process_span` does not take, or None."""
     name = "None" if given is None else type(given).__qualname__
     if isinstance(given, Record):
         return None
@@ -158,14 +157,14 @@ def _refused(given: Any) -> str | None:
     for each in given.values() if isinstance(given, Mapping) else [given]:
         if not _holds_records(each):
             return name if each is given else f"{name} of {type(each).__qualname__}"
-        for record in [*each]:  # not a loop over records that makes spans
+        for record in [*each]:  # a copy, because a loop over records makes spans
             if not isinstance(record, Record):
                 return f"{name} of {type(record).__qualname__}"
     return None
 
 
 def _explain(given: Any) -> None:
-    """Warn of what `process_span` does not take, and of any other failure as ever."""
+    """Warn of an argument that `process_span` does not take, or report the failure."""
     raise_signalled()
     try:
         caller: FrameType | None = None

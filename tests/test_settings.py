@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 
 from clients import Clients, poll
+from collector import collect
 from conftest import Instrument
+from otel_kafka_python import KafkaPythonInstrumentor, _endings, process_span
 from otel_kafka_python._config import Config
 from recorder import Log, Recorder, attributes_of
 
@@ -104,10 +109,50 @@ def test_headers_that_the_produce_hook_adds_are_sent(
     ]
 
 
-@pytest.mark.parametrize("way", ["loop", "next", "loop without spans", "polled loop"])
+def next_records(consumer: Any) -> Iterator[Any]:
+    while True:
+        yield next(consumer)
+
+
+def next_records_of_an_iterator(consumer: Any) -> Iterator[Any]:
+    iterator = iter(consumer)
+    while True:
+        yield next(iterator)
+
+
+def next_records_with_process_span(consumer: Any) -> Iterator[Any]:
+    while True:
+        record = next(consumer)
+        with process_span(record):
+            yield record
+
+
+def looped(consumer: Any) -> Iterator[Any]:
+    yield from (record for record in consumer)
+
+
+def looped_over_polled(consumer: Any) -> Iterator[Any]:
+    while True:
+        for records in poll(consumer).values():
+            yield from (record for record in records)
+
+
+@pytest.mark.parametrize("process_spans", [True, False])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(next_records, next_records_of_an_iterator, next_records_with_process_span),
+        *(looped, looped_over_polled),
+    ],
+)
 @pytest.mark.cpython
 def test_the_consume_hook_is_called_once_for_each_record(
-    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, way: str
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    way: Callable[[Any], Iterator[Any]],
+    process_spans: bool,
 ) -> None:
     calls = []
 
@@ -115,26 +160,71 @@ def test_the_consume_hook_is_called_once_for_each_record(
         span.set_attribute("app.own", record.offset)
         calls.append((record, args, kwargs))
 
-    instrument(consume_hook=hook, process_spans=way != "loop without spans")
+    instrument(consume_hook=hook, process_spans=process_spans)
     clients.send(b"1", b"2")
     consumer = clients.consumer()
     records = []
-    if way == "next":
-        records = [next(consumer), next(consumer)]
-    elif way == "polled loop":
-        while len(records) < 2:
-            for batch in poll(consumer).values():
-                for record in batch:
-                    records.append(record)
-    else:
-        for record in consumer:
-            records.append(record)
-            if len(records) == 2:
-                break
+    for record in islice(way(consumer), 2):
+        records.append(record)
+    # Not before more is asked for it is known that nothing processes the last one.
+    consumer.close()
+    if way is looped_over_polled and not process_spans:
+        assert calls == []
+        return
     assert calls == [(record, (), {}) for record in records]
-    operation = "process" if way in {"loop", "polled loop"} else "poll"
-    spans = recorder.named(f"{operation} {topic}")
+    is_processed = process_spans and way not in {
+        next_records,
+        next_records_of_an_iterator,
+    }
+    spans = recorder.named(f"{'process' if is_processed else 'poll'} {topic}")
     assert [attributes["app.own"] for attributes in attributes_of(spans)] == [0, 1]
+    assert recorder.open() == []
+    assert recorder.count("messaging.client.consumed.messages") == 2
+    with_own = [span for span in recorder.ended if "app.own" in (span.attributes or {})]
+    assert len(with_own) == 2
+
+
+ENDS: dict[str, Callable[[Any, Clients], Any]] = {
+    "poll": lambda consumer, _: consumer.poll(0),
+    "iteration": lambda consumer, _: iter(consumer),
+    "close": lambda consumer, _: consumer.close(),
+    "uninstrument": lambda *_: KafkaPythonInstrumentor().uninstrument(),
+    "the exit": lambda *_: _endings.abandon_all(),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_receive_span_that_waits_for_its_hook_lasts_as_long_as_the_call(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, how: str
+) -> None:
+    names: list[str] = []
+    instrument(consume_hook=lambda span, *_: names.append(span.name))
+    clients.send(b"1")
+    consumer = clients.consumer()
+    next(consumer)
+    returned = time.time_ns()
+    assert recorder.open() == [f"poll {topic}"]
+    ENDS[how](consumer, clients)
+    assert names == [f"poll {topic}"]
+    assert (recorder.one(f"poll {topic}").end_time or 0) <= returned
+    duration = "messaging.client.operation.duration"
+    assert recorder.count(duration, messaging_operation_name="poll") == 1
+
+
+def test_a_receive_span_whose_consumer_is_dropped_ends_with_the_next_operation(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    names: list[str] = []
+    instrument(consume_hook=lambda span, *_: names.append(span.name))
+    clients.send(b"1")
+    consumer = clients.consumer()
+    next(consumer)
+    clients._made.remove(consumer)
+    del consumer
+    collect()
+    clients.send(b"2")
+    assert names == [f"poll {topic}"]
+    assert recorder.open() == []
 
 
 def test_the_consume_hook_is_not_called_for_batches(

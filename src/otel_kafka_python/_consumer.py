@@ -18,11 +18,17 @@ from otel_kafka_python._messages import (
     describe,
     shared,
 )
-from otel_kafka_python._operation import POLL, Moment, Operation, OperationTemplate
+from otel_kafka_python._operation import (
+    POLL,
+    Moment,
+    Operation,
+    OperationTemplate,
+    Receipt,
+)
 from otel_kafka_python._processing.iterators import HeldScopes, Records, ScopedIterator
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._propagation import SPAN_KEY
-from otel_kafka_python._safety import call_hook, report
+from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Step, Telemetry, TracedClient
 
 Wrapped = Callable[..., Any]
@@ -41,11 +47,14 @@ class ConsumerWrappers:
         self.telemetry = telemetry
         self.held = HeldScopes()
         self.holds = telemetry.config.processes_next
+        # Whether something of a record lasts until its consumer is asked for more.
+        self.waits = self.holds or telemetry.config.consume_hook is not None
         telemetry.on_stop(self.held.close_all)
+        telemetry.on_stop(self._close_receipts)
 
     def poll(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.poll` ("Receive" spans)."""
-        self.close_held(instance)
+        self._close_last(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
@@ -72,7 +81,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__next__` when it is called directly."""
-        self.close_held(instance)
+        self._close_last(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
@@ -100,7 +109,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__iter__`."""
-        self.close_held(instance)
+        self._close_last(instance)
         plain = wrapped(*args, **kwargs)
         if not self.telemetry.active:
             return plain
@@ -112,13 +121,22 @@ class ConsumerWrappers:
 
     def close(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.close`."""
-        self.close_held(instance)
+        self._close_last(instance)
         return wrapped(*args, **kwargs)
 
-    def close_held(self, consumer: Any) -> None:
-        """Close the scope of the record that the last `next` has returned."""
+    def _close_last(self, consumer: Any) -> None:
+        if self.waits:
+            self.close_last(self.telemetry.clients.get(consumer))
+
+    def close_last(self, client: TracedClient) -> None:
+        """Close what waits for the end of the last record's processing."""
         if self.holds:
-            self.held.close(self.telemetry.clients.get(consumer))
+            self.held.close(client)
+        client.close_receipt()
+
+    def _close_receipts(self) -> None:
+        for _, client in self.telemetry.clients.living():
+            client.close_receipt()
 
     def _client_to_trace(self, instance: Any) -> TracedClient | None:
         try:
@@ -239,15 +257,23 @@ class ConsumerWrappers:
             span = telemetry.start_span(
                 template, SpanKind.CLIENT, started, attributes, links=links
             )
-        try:
-            if (
-                span is not None
-                and config.consume_hook is not None
-                and not (measured and self.holds)
-            ):
-                call_hook("consume_hook", config.consume_hook, span, record, (), {})
-        finally:  # of an interrupt, too
+        hook = config.consume_hook
+        if span is None or hook is None or (measured and self.holds):
             Operation(template, span, started).end(ended=ended, measured=measured)
+        else:
+            receipt = Receipt(
+                template,
+                span,
+                started,
+                ended,
+                measured=measured,
+                record=record,
+                hook=hook,
+            )
+            if config.process_spans:
+                client.receipt = receipt
+            else:
+                receipt.close()
         _count_records(template, [record], span)
 
 
@@ -287,8 +313,7 @@ class ConsumerIterator(ScopedIterator):
 
     def _advance(self) -> Record:
         client = self._client
-        if self._wrappers.holds:
-            self._wrappers.held.close(client)
+        self._wrappers.close_last(client)
         self._started = time.time_ns(), time.monotonic_ns()
         client.asked += 1
         around, client.step = client.step, Step.ITERATION

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -29,7 +29,7 @@ from otel_kafka_python._endings import Endable
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import MessageCounter, Tally
 from otel_kafka_python._propagation import SPAN_KEY
-from otel_kafka_python._safety import report, text_of
+from otel_kafka_python._safety import call_hook, report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
 from otel_kafka_python._span_ends import end_span
 
@@ -279,6 +279,63 @@ class Operation(Endable):
         self.end(ended=ended)
 
 
+class Receipt(Operation):
+    """The receipt of a single record, open until it is seen who processes the record.
+
+    The consume_hook is called with the process span if there is one, and otherwise
+    with the span of the receipt, which must not have ended then.
+
+    Args:
+        template: What was known of it in advance.
+        span: Its span.
+        started: When the record was asked for.
+        received: When it was handed over, by the monotonic clock, in nanoseconds.
+        measured: Whether this is an operation of its own.
+        record: The record.
+        hook: The consume_hook.
+    """
+
+    __slots__ = ("_hook", "_measured", "_received", "record")
+
+    def __init__(
+        self,
+        template: OperationTemplate,
+        span: Span,
+        started: Moment,
+        received: int,
+        *,
+        measured: bool,
+        record: Any,
+        hook: Callable[..., object],
+    ) -> None:
+        self._received = received
+        self._measured = measured
+        self.record = record
+        self._hook = hook
+        super().__init__(template, span, started)
+
+    def close(self, *, hooked: bool = True) -> None:
+        """End it.
+
+        Args:
+            hooked: Whether the hook is called with its span.
+        """
+        if self.claim():
+            record, self.record = self.record, None
+            try:
+                if hooked:
+                    call_hook("consume_hook", self._hook, self.span, record, (), {})
+            finally:  # of an interrupt, too
+                self.end_claimed(ended=self._received, measured=self._measured)
+
+    def abandon(self, ended: int) -> None:  # noqa: ARG002 (it has been received before)
+        """End it because its consumer was dropped, or at the exit."""
+        self.close()
+
+    def __del__(self) -> None:
+        _defer_unended(self)
+
+
 class PendingOperation(Operation):
     """An operation that the broker's answer ends; it is the callback of a future.
 
@@ -359,12 +416,16 @@ class PendingOperation(Operation):
                 self.end_claimed(self._known_attributes(), ended=ended)
 
     def __del__(self) -> None:
-        try:
-            has_ended = self.ended
-        except AttributeError:  # an interrupt left it half made
-            return
-        if not has_ended:
-            _endings.defer(self)
+        _defer_unended(self)
+
+
+def _defer_unended(operation: Operation) -> None:
+    try:
+        has_ended = operation.ended
+    except AttributeError:  # an interrupt left it half made
+        return
+    if not has_ended:
+        _endings.defer(operation)
 
 
 def is_recorded(span: Span | None) -> bool:

@@ -77,7 +77,7 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
     yield KafkaConsumer, "poll", consumer.poll
     yield KafkaConsumer, "__iter__", consumer.iterate
     yield KafkaConsumer, "__next__", consumer.advance
-    if telemetry.config.processes_next:
+    if consumer.waits:
         yield KafkaConsumer, "close", consumer.close
 
     commits = CommitWrappers(telemetry)

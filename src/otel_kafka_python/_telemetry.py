@@ -35,6 +35,7 @@ from otel_kafka_python._operation import (
     Kind,
     Moment,
     OperationTemplate,
+    Receipt,
 )
 from otel_kafka_python._propagation import has_propagators
 from otel_kafka_python._safety import report
@@ -53,7 +54,7 @@ class Step(Enum):
 class TracedClient(Client):
     """A producer or consumer, with the data that the wrappers keep for it."""
 
-    __slots__ = ("answer_attributes", "step", "templates")
+    __slots__ = ("answer_attributes", "receipt", "step", "templates")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +62,14 @@ class TracedClient(Client):
         # The attributes of messages that a partition's leader answered.
         self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
         self.step: Step | None = None
+        # Of the last record, if that may yet be processed with the hook's span.
+        self.receipt: Receipt | None = None
+
+    def close_receipt(self) -> None:
+        """Call the hook with the last receipt, and end that."""
+        receipt, self.receipt = self.receipt, None
+        if receipt is not None:
+            receipt.close()
 
     def forget(self) -> None:
         """Drop everything that was derived from older metadata."""

@@ -106,6 +106,8 @@ class _ProcessSpan(AbstractContextManager[Span]):
             return None, False
         if batch:
             return open_batch_scope(telemetry, client, records, current), True
+        if telemetry.config.consume_hook is not None:
+            _pass_receipt(telemetry, records[0])
         return open_scope(telemetry, client, records[0], current), True
 
     def __exit__(
@@ -125,6 +127,15 @@ class _ProcessSpan(AbstractContextManager[Span]):
         finally:  # also after an interrupt
             if is_own:
                 scope.close()
+
+
+def _pass_receipt(telemetry: Telemetry, record: Record) -> None:
+    """End the receipt of a record whose hook is called with the process span."""
+    for _, client in telemetry.clients.living():
+        receipt = client.receipt
+        if receipt is not None and receipt.record is record:
+            client.receipt = None
+            receipt.close(hooked=False)
 
 
 def _flatten(given: Any) -> list[Record]:

@@ -109,7 +109,11 @@ class EmbeddedBroker:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def __enter__(self) -> EmbeddedBroker:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
+from rich.console import Console
 
-from clients import sends_large
+from clients import DEADLINE, sends_large
 
 # One of the demo's orders is too large for the broker.
 pytestmark = [sends_large, pytest.mark.one_client]
@@ -20,13 +29,13 @@ DEMO = Path(__file__).parent.parent / "examples" / "demo"
 MARK = "OTEL_KAFKA_PYTHON_DEMO_TEST"
 
 
-def run(svg: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def start(svg: Path, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, DEMO, "--svg", svg, *arguments],
-        check=False,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
         env={
             **os.environ,
             "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "kafka",
@@ -34,6 +43,28 @@ def run(svg: Path, *arguments: str, **environ: str) -> subprocess.CompletedProce
             **environ,
         },
     )
+
+
+class Done(NamedTuple):
+    """What a demo did."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    svg: Path
+
+
+def run(svg: Path, *arguments: str, **environ: str) -> Done:
+    with start(svg, *arguments, **environ) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    return Done(process.returncode, stdout, stderr, svg)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    done = run(tmp_path_factory.mktemp("demo") / "demo.svg", "--orders", "20")
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def left_running(svg: Path) -> list[str]:
@@ -48,29 +79,122 @@ def left_running(svg: Path) -> list[str]:
     return found
 
 
-def test_the_demo_shows_one_trace_through_three_services(tmp_path: Path) -> None:
-    svg = tmp_path / "demo.svg"
-    done = run(svg)
-    assert done.returncode == 0, done.stderr
+def test_the_demo_shows_one_trace_through_three_services(done: Done) -> None:
     # Up to Python 3.11 a loop cannot name the exception that ended it.
     declined = "CardDeclinedError" if sys.version_info >= (3, 12) else "_OTHER"
     failed = ("MESSAGE_TOO_LARGE", declined)
     for shown in ("checkout", "process payments", "INSERT", *failed):
         assert shown in done.stdout
-        assert shown.replace(" ", "&#160;") in svg.read_text()
-    assert "The bottleneck is payments" in done.stdout
-    assert re.search(r"messages sent +4 +3", done.stdout)
-    assert re.search(r"messages refused +1", done.stdout)
-    assert re.search(r"messages consumed +4 +3", done.stdout)
+        assert shown.replace(" ", "&#160;") in done.svg.read_text()
+    assert re.search(
+        rf"1003 +└ process orders +payments +·+━+ .* {declined}", done.stdout
+    )
+    assert "The bottleneck is payments: the median of 3 orders is " in done.stdout
     # It needs nothing from elsewhere.
-    assert "@font-face" not in svg.read_text()
-    assert left_running(svg) == []
+    assert "@font-face" not in done.svg.read_text()
+    assert left_running(done.svg) == []
+
+
+def test_the_metrics_are_of_all_orders(done: Done) -> None:
+    assert re.search(r"messages sent +24 +23", done.stdout)
+    assert re.search(r"messages refused +1", done.stdout)
+    assert re.search(r"messages consumed +24 +23", done.stdout)
+    waiting = r"([\d.]+ s|[\d.]+ ms|< 5 ms)"
+    assert re.search(rf"orders → payments +{waiting} +{waiting}", done.stdout)
+    assert "payments holds the pipeline up" in done.stdout
 
 
 def test_the_demo_fails_where_the_traces_are_not_as_expected(tmp_path: Path) -> None:
     svg = tmp_path / "demo.svg"
-    done = run(svg, "--timeout", "3", OTEL_PYTHON_KAFKA_PROCESS_SPANS="false")
+    options = ("--timeout", "3", "--orders", "0")
+    done = run(svg, *options, OTEL_PYTHON_KAFKA_PROCESS_SPANS="false")
     assert done.returncode == 1
     assert "The telemetry is not as expected: an order's spans are" in done.stderr
     assert not svg.exists()
     assert left_running(svg) == []
+
+
+def test_ctrl_c_ends_the_demo_and_all_that_it_started(tmp_path: Path) -> None:
+    svg = tmp_path / "demo.svg"
+    with start(svg) as demo:
+        try:
+            deadline = time.monotonic() + DEADLINE
+            while not any("shipping.py" in command for command in left_running(svg)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.killpg(demo.pid, signal.SIGINT)  # as a terminal does
+        stdout, stderr = demo.communicate(timeout=DEADLINE)
+    assert (demo.returncode, stdout, stderr) == (130, "", "The demo was stopped.\n")
+    assert left_running(svg) == []
+
+
+# Parts of it, on their own.
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The demo's modules, by name."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    names = ("story", "measures", "waterfall")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name)
+
+
+def made_up_trace(story: Any) -> Any:
+    """An order that waits a second and then fails."""
+
+    def span(name: str, service: str, start: int, end: int, **attributes: Any) -> Any:
+        times = (start * 10**6, end * 10**6)
+        ids = (name.encode(), b"", b"trace")
+        return story.Span(name, service, *ids, *times, False, attributes, [], [])
+
+    root = span("checkout", "orders", 0, 100)
+    send = span("send orders", "orders", 0, 100)
+    send.attributes["messaging.kafka.message.key"] = "1001"
+    process = span("process orders", "payments", 1100, 1200)
+    process.failed = True
+    process.attributes["error.type"] = "CardDeclinedError"
+    root.children, send.children = [send], [process]
+    return root
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (120, ["order", "span", "service", "took", "error"]),
+        (90, ["order", "span", "took", "error"]),
+        (80, ["order", "span", "error"]),
+        (60, ["order", "span"]),
+    ],
+)
+def test_a_narrow_terminal_loses_columns_before_bars(
+    module: Any, width: int, titles: list[str]
+) -> None:
+    console = Console(width=width, file=io.StringIO())
+    console.print(module.waterfall.draw(made_up_trace(module.story), [], width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {len(line) for line in lines} == {width}
+    assert re.sub("[┬─│]", "", lines[2]).split() == titles
+    (process,) = [line for line in lines if "process orders" in line]
+    # From 100 ms until 1100 ms it waits, and until 1200 ms it is being processed.
+    assert len(re.findall("·", process)) >= 0.7 * module.waterfall.SHORTEST_BARS
+    assert "1001" in process
+
+
+def test_the_axis_has_ticks_at_round_times(module: Any) -> None:
+    row = module.waterfall.Row(made_up_trace(module.story))
+    axis = module.waterfall.Axis(list(row.below()), 52)
+    times, line = axis.ticks().split("\n")
+    assert times.split("ms")[0].split() == ["0", "500"]
+    assert [match.start() for match in re.finditer("┬", line)] == [
+        axis.column(milliseconds * 10**6) for milliseconds in (0, 500, 1000)
+    ]
+
+
+def test_quantiles_are_estimated_within_buckets(module: Any) -> None:
+    buckets = Counter({(0.0, 1.0): 0, (1.0, 2.0): 90, (2.0, 4.0): 10})
+    measured = module.measures.Measured(100, 0, 1.1, 3.0, buckets)
+    assert measured.quantile(0.45) == pytest.approx(1.55)
+    assert measured.quantile(0.95) == pytest.approx(2.5)

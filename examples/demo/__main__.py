@@ -2,8 +2,9 @@
 
     python examples/demo
 
-starts the embedded broker and three services, each under `opentelemetry-instrument`,
-has one checkout go through them, and draws its trace.
+starts the embedded broker and three services, each under `opentelemetry-instrument`.
+A few hundred orders go through them, of which few are traced and all are measured, and
+then one checkout, whose trace it draws.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import story  # noqa: E402 (beside this file)
+import measures  # noqa: E402 (beside this file)
+import story  # noqa: E402
 import waterfall  # noqa: E402
 from embedded_broker import EmbeddedBroker, die_with_parent  # noqa: E402
 from kafka.admin import KafkaAdminClient, NewTopic  # noqa: E402
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer  # noqa: E402
+from rich.console import Group  # noqa: E402
 
 PATIENCE = 60.0
-# How many there are, how many the broker refuses, and how many the bank declines.
-ORDERS, REFUSED, DECLINED = 5, 1, 1
+ORDERS = 200
+SAMPLED = "0.05"
 
 
 @contextlib.contextmanager
@@ -57,6 +61,7 @@ def service(
             **os.environ,
             "BROKER": broker.address,
             "OTEL_SERVICE_NAME": name,
+            "OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={uuid.uuid4()}",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_LOGS_EXPORTER": "none",
@@ -92,43 +97,102 @@ def wait_until_ready(name: str, process: subprocess.Popen[bytes]) -> None:
         impatience.cancel()
 
 
-def collect(
-    receiver: OtlpProtoTestServer, timeout: float
-) -> tuple[list[story.Span], story.Span, story.Metrics]:
-    """Wait until the telemetry is as it should be, or say what is wrong with it."""
-    deadline = time.monotonic() + timeout
-    received_spans, received_metrics = [], []
-    while True:
-        received_spans += receiver.drain_spans()
-        received_metrics += receiver.drain_metrics()
-        spans = story.read(received_spans)
-        metrics = story.read_metrics(received_metrics)
-        try:
-            root = story.check(spans, ORDERS, REFUSED, DECLINED)
-            story.check_metrics(metrics, ORDERS, REFUSED, DECLINED)
-            return spans, root, metrics
-        except story.UnexpectedError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.05)
+def wait_until_done(name: str, process: subprocess.Popen[bytes]) -> None:
+    try:
+        code = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise story.UnexpectedError(f"{name} did not end") from None
+    if code:
+        raise story.UnexpectedError(f"{name} ended with {code}")
+
+
+class Telemetry:
+    """What has come from the services, and goes on coming."""
+
+    def __init__(self, receiver: OtlpProtoTestServer) -> None:
+        self._receiver = receiver
+        self._measures = measures.Reader()
+        self.spans: list[story.Span] = []
+        self.metrics: measures.Metrics = {}
+
+    def wait(self, check: Callable[[], Any], timeout: float) -> None:
+        """Wait until it is as it should be, or say what is wrong with it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.spans += story.read(self._receiver.drain_spans())
+            self._measures.take(self._receiver.drain_metrics())
+            self.metrics = self._measures.metrics()
+            try:
+                check()
+            except story.UnexpectedError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(0.1)
 
 
 def run(
-    log: IO[bytes], timeout: float
-) -> tuple[list[story.Span], story.Span, story.Metrics]:
-    with EmbeddedBroker() as broker, OtlpProtoTestServer() as receiver:
-        admin = KafkaAdminClient(bootstrap_servers=broker.address)
-        admin.create_topics([NewTopic(each, 1, 1) for each in ("orders", "payments")])
-        admin.close()
-        with (
-            service("payments", broker, receiver, log) as payments,
-            service("shipping", broker, receiver, log) as shipping,
-        ):
-            wait_until_ready("payments", payments)
-            wait_until_ready("shipping", shipping)
-            with service("orders", broker, receiver, log) as orders:
-                orders.wait(PATIENCE)
-            return collect(receiver, timeout)
+    plan: story.Plan,
+    broker: EmbeddedBroker,
+    receiver: OtlpProtoTestServer,
+    log: IO[bytes],
+    timeout: float,
+) -> Telemetry:
+    """Have the orders go through the services, and return what these have said."""
+
+    def start(
+        name: str, **environ: str
+    ) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        return service(name, broker, receiver, log, **environ)
+
+    admin = KafkaAdminClient(bootstrap_servers=broker.address)
+    admin.create_topics([NewTopic(topic, 1, 1) for topic in measures.HOPS])
+    admin.close()
+    telemetry = Telemetry(receiver)
+    with start("payments") as payments, start("shipping") as shipping:
+        wait_until_ready("payments", payments)
+        wait_until_ready("shipping", shipping)
+        if plan.rush:
+            sampler = {
+                "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+                "OTEL_TRACES_SAMPLER_ARG": SAMPLED,
+            }
+            of_orders = {"OTEL_SERVICE_NAME": "orders", "ORDERS": str(plan.rush)}
+            with start("rush", **sampler, **of_orders) as rush:
+                wait_until_done("rush", rush)
+            telemetry.wait(
+                lambda: measures.check_rush(telemetry.metrics, plan), timeout
+            )
+        with start("orders") as orders:
+            wait_until_done("orders", orders)
+
+        def check() -> None:
+            story.check(telemetry.spans, plan)
+            measures.check(telemetry.metrics, plan)
+
+        telemetry.wait(check, timeout)
+    return telemetry
+
+
+def draw(telemetry: Telemetry, plan: story.Plan, svg: Path) -> None:
+    root = story.check(telemetry.spans, plan)
+    polls = story.polls(telemetry.spans, root.trace_id)
+    lines = waterfall.explain(root, *story.bottleneck(root))
+    hops = measures.hops(telemetry.metrics)
+    all_orders = waterfall.draw_hops(hops, story.sampled(telemetry.spans))
+    waterfall.show(
+        lambda width: Group(waterfall.draw(root, polls, width), lines, "", all_orders),
+        waterfall.draw_metrics(telemetry.metrics),
+        svg,
+    )
+    print(f" The same picture is in {svg}.")
+
+
+def stop_once(*_: object) -> None:
+    """What Ctrl-C does the first time; what has been started then ends in peace."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -145,19 +209,39 @@ def main() -> int:
         default=PATIENCE,
         help="how many seconds to wait for the traces (default: %(default)s)",
     )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        default=ORDERS,
+        help="how many orders to send before the checkout (default: %(default)s)",
+    )
     arguments = parser.parse_args()
-    with tempfile.TemporaryFile() as log:
+    signal.signal(signal.SIGINT, stop_once)
+    try:
+        return demonstrate(
+            story.Plan(arguments.orders),
+            arguments.svg,
+            arguments.timeout,
+        )
+    except KeyboardInterrupt:
+        print("The demo was stopped.", file=sys.stderr)
+        return 130
+
+
+def demonstrate(plan: story.Plan, svg: Path, timeout: float) -> int:
+    """Run everything, and draw it; the result is the exit status."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        broker = stack.enter_context(EmbeddedBroker())
+        receiver = stack.enter_context(OtlpProtoTestServer())
         try:
-            spans, root, metrics = run(log, arguments.timeout)
+            telemetry = run(plan, broker, receiver, log, timeout)
         except story.UnexpectedError as error:
             log.seek(0)
             print(f"The telemetry is not as expected: {error}", file=sys.stderr)
             print(log.read().decode(), file=sys.stderr)
             return 1
-    lines = waterfall.explain(*story.bottleneck(root))
-    waterfall.show(root, story.polls(spans, root.trace_id), lines, arguments.svg)
-    waterfall.show_metrics(metrics)
-    print(f" The same picture is in {arguments.svg}.")
+        draw(telemetry, plan, svg)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer
 from ready import Ready
 
-SECONDS_PER_PAYMENT = 0.25
+SECONDS_PER_PAYMENT = 0.08
 CREDIT = 1000
 
 

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 ERROR = 2  # opentelemetry.proto.trace.v1.Status.StatusCode.STATUS_CODE_ERROR
 DECLINED = "CardDeclinedError"  # as `payments.py` raises it
+
+
+class Plan(NamedTuple):
+    """How many orders there are, and what becomes of them.
+
+    Args:
+        rush: How many come before the checkout.
+        checkout: How many the checkout has.
+        refused: How many of these are too large for the broker.
+        declined: How many of these the bank declines to pay.
+    """
+
+    rush: int
+    checkout: int = 5
+    refused: int = 1
+    declined: int = 1
+
+    @property
+    def delivered(self) -> int:
+        return self.rush + self.checkout - self.refused
+
+    @property
+    def paid(self) -> int:
+        return self.delivered - self.declined
 
 
 @dataclass
@@ -48,7 +73,7 @@ def read(received: Iterable[Any]) -> list[Span]:
     spans = []
     for each in received:
         span = each.span
-        resource = _values(each.resource.attributes)
+        resource = values(each.resource.attributes)
         spans.append(
             Span(
                 span.name,
@@ -59,10 +84,10 @@ def read(received: Iterable[Any]) -> list[Span]:
                 span.start_time_unix_nano,
                 span.end_time_unix_nano,
                 span.status.code == ERROR,
-                _values(span.attributes),
+                values(span.attributes),
                 [(link.trace_id, link.span_id) for link in span.links],
                 [
-                    _values(event.attributes)
+                    values(event.attributes)
                     for event in span.events
                     if event.name == "exception"
                 ],
@@ -71,7 +96,8 @@ def read(received: Iterable[Any]) -> list[Span]:
     return spans
 
 
-def _values(attributes: Iterable[Any]) -> dict[str, Any]:
+def values(attributes: Iterable[Any]) -> dict[str, Any]:
+    """Attributes as they came by OTLP, as a dict."""
     return {
         each.key: getattr(each.value, each.value.WhichOneof("value"))
         for each in attributes
@@ -108,14 +134,12 @@ def expect(condition: bool, what: str) -> None:
         raise UnexpectedError(what)
 
 
-def check(spans: list[Span], orders: int, refused: int, declined: int) -> Span:
-    """Hold what was seen against the story.
+def check(spans: list[Span], plan: Plan) -> Span:
+    """Hold the checkout's trace against the story.
 
     Args:
         spans: All spans that have come.
-        orders: How many orders were sent.
-        refused: How many of them are too large for the broker.
-        declined: How many of them the bank declines to pay.
+        plan: How many orders there are.
 
     Returns:
         The checkout, the root of the trace.
@@ -127,17 +151,18 @@ def check(spans: list[Span], orders: int, refused: int, declined: int) -> Span:
     if root is None:
         raise UnexpectedError("there is no span of the checkout")
     sends = [span for span in root.children if span.name == "send orders"]
-    expect(len(sends) == orders, f"{len(sends)} of {orders} sends")
+    expect(len(sends) == plan.checkout, f"{len(sends)} of {plan.checkout} sends")
     failed = [span for span in sends if span.failed]
-    expect(len(failed) == refused, f"{len(failed)} of {refused} refused sends")
+    refused = len(failed)
+    expect(refused == plan.refused, f"{refused} of {plan.refused} refused sends")
     for send in failed:
         expect(not send.children, "a refused order was processed")
         error_type = send.attributes.get("error.type")
         expect(error_type == "MESSAGE_TOO_LARGE", f"error.type is {error_type}")
     delivered = [send for send in sends if not send.failed]
     payments = [send for send in delivered if check_payment(send)]
-    unpaid = len(delivered) - len(payments)
-    expect(unpaid == declined, f"{unpaid} of {declined} declined payments")
+    declined = len(delivered) - len(payments)
+    expect(declined == plan.declined, f"{declined} of {plan.declined} declined")
     linked = {link for poll in polls(spans, root.trace_id) for link in poll.links}
     for send in payments:
         names = [span.name for _, span in send.walk()]
@@ -176,68 +201,6 @@ def check_payment(send: Span) -> bool:
 
 
 @dataclass
-class Measured:
-    """A metric of a service, over all its topics: how many, and their sum."""
-
-    count: float = 0
-    total: float = 0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
-
-
-Metrics = dict[str, dict[str, Measured]]
-"""By service, and by the metric and the operation, which may have failed."""
-
-
-def read_metrics(received: Iterable[Any]) -> Metrics:
-    """Take metrics from what an OTLP receiver has recorded; the last of each counts."""
-    last: dict[tuple[str, str, frozenset[tuple[str, Any]]], Measured] = {}
-    for each in received:
-        service = _values(each.resource.attributes)["service.name"]
-        kind = each.metric.WhichOneof("data")
-        for point in getattr(each.metric, kind).data_points:
-            attributes = _values(point.attributes)
-            operation = attributes.get("messaging.operation.name", "")
-            failed = "failed" if "error.type" in attributes else ""
-            name = " ".join(filter(None, (each.metric.name, operation, failed)))
-            last[service, name, frozenset(attributes.items())] = (
-                Measured(point.count, point.sum)
-                if kind == "histogram"
-                else Measured(point.as_int or point.as_double)
-            )
-    found: Metrics = {}
-    for (service, name, _), one in last.items():
-        measured = found.setdefault(service, {}).setdefault(name, Measured())
-        measured.count += one.count
-        measured.total += one.total
-    return found
-
-
-def check_metrics(metrics: Metrics, orders: int, refused: int, declined: int) -> None:
-    """Hold the metrics against the story, as `check` does the traces."""
-    delivered = orders - refused
-    paid = delivered - declined
-    expected = {
-        ("orders", "messaging.client.sent.messages send"): delivered,
-        ("orders", "messaging.client.sent.messages send failed"): refused,
-        ("payments", "messaging.client.consumed.messages poll"): delivered,
-        ("payments", "messaging.client.sent.messages send"): paid,
-        ("payments", "messaging.process.duration process"): paid,
-        ("payments", "messaging.process.duration process failed"): declined,
-        ("shipping", "messaging.client.consumed.messages poll"): paid,
-        ("shipping", "kafka.record.queue_time"): paid,
-    }
-    for (service, name), count in expected.items():
-        measured = metrics.get(service, {}).get(name, Measured())
-        expect(
-            measured.count == count,
-            f"{name} of {service} is {measured.count:g}, not {count}",
-        )
-
-
-@dataclass
 class Stage:
     """A part of an order's way; how long it took is in nanoseconds."""
 
@@ -269,14 +232,37 @@ def is_shipped(send: Span) -> bool:
     return any(span.name == "process payments" for _, span in send.walk())
 
 
-def bottleneck(root: Span) -> tuple[Span, list[Stage], Stage]:
-    """The slowest order, the stages of its way, and the longest processing.
+@dataclass
+class Bottleneck:
+    """The service that takes the longest to process an order.
 
-    An order that waits in a topic waits for those before it, so that it is the
-    service behind the topic that is slow, not the broker.
+    An order that waits in a topic waits for those before it, so it is the service
+    behind the topic that is slow, not the broker.
+
+    Args:
+        service: Its name.
+        median: How long it took for an order, in nanoseconds.
+        orders: Of how many orders this is the median.
     """
+
+    service: str
+    median: float
+    orders: int
+
+
+def bottleneck(root: Span) -> tuple[Span, list[Stage], Bottleneck]:
+    """The slowest order, the stages of its way, and the bottleneck of all orders."""
     shipped = [send for send in root.children if is_shipped(send)]
     slowest = max(shipped, key=lambda send: max(s.end for _, s in send.walk()))
-    found = stages(slowest)
-    processing = [stage for stage in found if stage.what == "being processed"]
-    return slowest, found, max(processing, key=lambda stage: stage.duration)
+    taken: dict[str, list[int]] = {}
+    for send in shipped:
+        for stage in stages(send):
+            if stage.what == "being processed":
+                taken.setdefault(stage.where, []).append(stage.duration)
+    found = [Bottleneck(where, median(t), len(t)) for where, t in taken.items()]
+    return slowest, stages(slowest), max(found, key=lambda each: each.median)
+
+
+def sampled(spans: list[Span]) -> int:
+    """How many of the orders before the checkout are in traces."""
+    return sum(span.name == "send orders" and not span.parent_id for span in spans)

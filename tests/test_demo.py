@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 from rich.console import Console
 
+from apache_broker import free_ports
 from clients import DEADLINE, sends_large
 
 # One of the demo's orders is too large for the broker.
@@ -46,18 +49,23 @@ def start(svg: Path, *arguments: str, **environ: str) -> subprocess.Popen[str]:
 
 
 class Done(NamedTuple):
-    """What a demo did."""
+    """What a demo did, and what a backend got of it."""
 
     returncode: int
     stdout: str
     stderr: str
     svg: Path
+    spans: list[Any]
+    metrics: list[Any]
 
 
 def run(svg: Path, *arguments: str, **environ: str) -> Done:
-    with start(svg, *arguments, **environ) as process:
-        stdout, stderr = process.communicate(timeout=120)
-    return Done(process.returncode, stdout, stderr, svg)
+    with OtlpProtoTestServer() as backend:
+        url = f"http://127.0.0.1:{backend.port}"
+        with start(svg, "--otlp", url, *arguments, **environ) as process:
+            stdout, stderr = process.communicate(timeout=300)
+        spans, metrics = backend.drain_spans(), backend.drain_metrics()
+    return Done(process.returncode, stdout, stderr, svg, spans, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,16 @@ def test_the_metrics_are_of_all_orders(done: Done) -> None:
     assert "payments holds the pipeline up" in done.stdout
 
 
+def test_a_backend_gets_the_telemetry_too(done: Done) -> None:
+    assert "has the traces, too" in done.stdout
+    assert "has the metrics, too" in done.stdout
+    names = Counter(each.span.name for each in done.spans)
+    assert names["checkout"] == 1
+    assert names["process payments"] >= 3
+    metrics = {each.metric.name for each in done.metrics}
+    assert "messaging.process.duration" in metrics
+
+
 def test_the_demo_fails_where_the_traces_are_not_as_expected(tmp_path: Path) -> None:
     svg = tmp_path / "demo.svg"
     options = ("--timeout", "3", "--orders", "0")
@@ -136,7 +154,7 @@ def test_ctrl_c_ends_the_demo_and_all_that_it_started(tmp_path: Path) -> None:
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The demo's modules, by name."""
     monkeypatch.syspath_prepend(str(DEMO))
-    names = ("story", "measures", "waterfall")
+    names = ("story", "measures", "waterfall", "relay")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -198,3 +216,17 @@ def test_quantiles_are_estimated_within_buckets(module: Any) -> None:
     measured = module.measures.Measured(100, 0, 1.1, 3.0, buckets)
     assert measured.quantile(0.45) == pytest.approx(1.55)
     assert measured.quantile(0.95) == pytest.approx(2.5)
+
+
+def test_a_backend_that_is_away_does_not_hold_the_demo_up(module: Any) -> None:
+    (port,) = free_ports(1)
+    away = f"http://127.0.0.1:{port}"
+    with OtlpProtoTestServer() as receiver:
+        own = f"http://127.0.0.1:{receiver.port}"
+        with module.relay.relay(own, away) as relay:
+            url = f"http://127.0.0.1:{relay.port}/v1/traces"
+            with urllib.request.urlopen(url, b"") as answer:
+                assert answer.status == 200
+    traces, metrics = relay.report()
+    assert "Connection refused" in traces
+    assert metrics == f"{away} has no metrics: there were none."

@@ -4,7 +4,8 @@
 
 starts the embedded broker and three services, each under `opentelemetry-instrument`.
 A few hundred orders go through them, of which few are traced and all are measured, and
-then one checkout, whose trace it draws.
+then one checkout, whose trace it draws. `--otlp http://localhost:4318` sends the traces
+and metrics to a backend, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import waterfall  # noqa: E402
 from embedded_broker import EmbeddedBroker, die_with_parent  # noqa: E402
 from kafka.admin import KafkaAdminClient, NewTopic  # noqa: E402
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer  # noqa: E402
+from relay import Relay, relay  # noqa: E402
 from rich.console import Group  # noqa: E402
 
 PATIENCE = 60.0
@@ -44,7 +46,7 @@ SAMPLED = "0.05"
 def service(
     name: str,
     broker: EmbeddedBroker,
-    receiver: OtlpProtoTestServer,
+    receiver: OtlpProtoTestServer | Relay,
     log: IO[bytes],
     *options: str,
     **environ: str,
@@ -136,6 +138,7 @@ def run(
     plan: story.Plan,
     broker: EmbeddedBroker,
     receiver: OtlpProtoTestServer,
+    exporting_to: OtlpProtoTestServer | Relay,
     log: IO[bytes],
     timeout: float,
 ) -> Telemetry:
@@ -144,7 +147,7 @@ def run(
     def start(
         name: str, **environ: str
     ) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-        return service(name, broker, receiver, log, **environ)
+        return service(name, broker, exporting_to, log, **environ)
 
     admin = KafkaAdminClient(bootstrap_servers=broker.address)
     admin.create_topics([NewTopic(topic, 1, 1) for topic in measures.HOPS])
@@ -195,6 +198,14 @@ def stop_once(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no URL, as http://localhost:4318 is"
+        )
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -215,11 +226,18 @@ def main() -> int:
         default=ORDERS,
         help="how many orders to send before the checkout (default: %(default)s)",
     )
+    parser.add_argument(
+        "--otlp",
+        type=url,
+        metavar="URL",
+        help="a backend to send to, too, by OTLP over HTTP: http://localhost:4318",
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, stop_once)
     try:
         return demonstrate(
             story.Plan(arguments.orders),
+            arguments.otlp,
             arguments.svg,
             arguments.timeout,
         )
@@ -228,20 +246,30 @@ def main() -> int:
         return 130
 
 
-def demonstrate(plan: story.Plan, svg: Path, timeout: float) -> int:
+def demonstrate(
+    plan: story.Plan, backend: str | None, svg: Path, timeout: float
+) -> int:
     """Run everything, and draw it; the result is the exit status."""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
         broker = stack.enter_context(EmbeddedBroker())
         receiver = stack.enter_context(OtlpProtoTestServer())
+        between = None
+        if backend:
+            own = f"http://127.0.0.1:{receiver.port}"
+            between = stack.enter_context(relay(own, backend))
         try:
-            telemetry = run(plan, broker, receiver, log, timeout)
+            telemetry = run(plan, broker, receiver, between or receiver, log, timeout)
         except story.UnexpectedError as error:
             log.seek(0)
             print(f"The telemetry is not as expected: {error}", file=sys.stderr)
             print(log.read().decode(), file=sys.stderr)
             return 1
         draw(telemetry, plan, svg)
+        if between is not None:
+            for line in between.report():
+                print(f" {line}")
+            return 0 if between.taken else 1
     return 0
 
 

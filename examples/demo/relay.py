@@ -1,0 +1,89 @@
+"""Passes what the services export on to the demo's receiver and to a backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.request import ProxyHandler, Request, build_opener, urlopen
+
+TIMEOUT = 5.0
+# These are between one client and one server.
+OWN_HEADERS = frozenset({"accept-encoding", "connection", "content-length", "host"})
+
+
+class Relay(ThreadingHTTPServer):
+    """A server that OTLP goes through.
+
+    Args:
+        receiver: The URL of the demo's own receiver, whose answer is the relay's.
+        backend: The URL of the backend.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, receiver: str, backend: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.port = self.server_address[1]
+        self.receiver = receiver
+        self.backend = backend.rstrip("/")
+        self.taken: set[str] = set()
+        self.failures: dict[str, str] = {}
+
+    def report(self) -> list[str]:
+        """What the backend has taken, and what it has not."""
+        lines = []
+        for kind in ("traces", "metrics"):
+            path = f"/v1/{kind}"
+            if path in self.taken:
+                lines.append(f"{self.backend} has the {kind}, too.")
+            else:
+                why = self.failures.get(path, "there were none")
+                lines.append(f"{self.backend} has no {kind}: {why}.")
+        return lines
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Relay
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in OWN_HEADERS
+        }
+        relay = self.server
+        copy = Request(relay.backend + self.path, body, headers)
+        try:
+            with urlopen(copy, timeout=TIMEOUT):
+                relay.taken.add(self.path)
+        except (OSError, HTTPException) as error:
+            relay.failures[self.path] = str(error)
+        local = build_opener(ProxyHandler({}))
+        request = Request(relay.receiver + self.path, body, headers)
+        with local.open(request, timeout=TIMEOUT) as answer:
+            self.send_response(answer.status)
+            content = answer.read()
+        self.send_header("Content-Type", "application/x-protobuf")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing: the demo prints a picture."""
+
+
+@contextlib.contextmanager
+def relay(receiver: str, backend: str) -> Iterator[Relay]:
+    """Have a relay run in a thread."""
+    with Relay(receiver, backend) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

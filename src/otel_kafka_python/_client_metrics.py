@@ -144,7 +144,7 @@ def _time_lags(consumer: Any, client: Client) -> Iterator[ClientMetric]:
     """
     now = time.time_ns()
     for records, tags in _kafka.record_lags(consumer):
-        handed = client.handed_over.get((tags["topic"], int(tags["partition"])))
+        handed = client.last_records.get((tags["topic"], int(tags["partition"])))
         if records == 0 and (handed is None or handed.asked != client.asked):
             yield ClientMetric(0.0, tags)
         elif handed is not None:

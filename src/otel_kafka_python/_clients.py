@@ -11,7 +11,7 @@ from otel_kafka_python._kafka import Server
 from otel_kafka_python._safety import report
 
 
-class HandedOver(NamedTuple):
+class LastRecord(NamedTuple):
     """What is known of the last record of a partition that a consumer handed over."""
 
     timestamp: Any  # its own, as kafka-python has it
@@ -39,10 +39,10 @@ class Client:
         "bootstrap",
         "client_id",
         "group",
-        "handed_over",
         "instance",
         "is_answered",
         "is_extended",
+        "last_records",
         "sends_headers",
     )
 
@@ -68,7 +68,7 @@ class Client:
         # How often it was asked for records.
         self.asked = 0
         # The last record of each partition, where its lag in time is observed.
-        self.handed_over: dict[tuple[str, int], HandedOver] = {}
+        self.last_records: dict[tuple[str, int], LastRecord] = {}
         self._cluster = cluster
         self._refreshed: object = None
 
@@ -88,10 +88,10 @@ class Client:
     def forget(self) -> None:
         """Drop everything that was derived from the metadata."""
 
-    def hand_over(self, record: Any) -> None:
+    def remember(self, record: Any) -> None:
         """Remember a record that the application is handed."""
-        handed = HandedOver(record.timestamp, self.asked)
-        self.handed_over[record.topic, record.partition] = handed
+        handed = LastRecord(record.timestamp, self.asked)
+        self.last_records[record.topic, record.partition] = handed
 
     @property
     def cluster_id(self) -> str | None:

@@ -227,7 +227,7 @@ class ConsumerWrappers:
         Operation(template, span, started).end(ended=ended)
         for each, of_partition in traced.items():
             if telemetry.config.client_metrics:
-                client.hand_over(polled[each][-1])
+                client.remember(polled[each][-1])
             _count_records(of_partition, polled[each], span)
             polled[each] = Records(polled[each], telemetry, client)
 
@@ -248,7 +248,7 @@ class ConsumerWrappers:
             return
         ended = time.monotonic_ns()
         if config.client_metrics:
-            client.hand_over(record)
+            client.remember(record)
         span = None
         if config.receive_spans:
             attributes = template.attributes.copy()
@@ -357,7 +357,7 @@ class ConsumerIterator(ScopedIterator):
         template = telemetry.template(client, POLL, record.topic, record.partition)
         if template is not None:
             if observed:
-                client.hand_over(record)
+                client.remember(record)
             _count_records(template, [record], None if scope is None else scope.span)
 
 

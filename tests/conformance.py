@@ -47,7 +47,17 @@ OWN_METRICS: dict[str, Any] = {
             },
             "messaging.consumer.group.name": {"type": "string", "level": "recommended"},
         },
-    }
+    },
+    "kafka.pipeline.latency": {
+        "unit": "s",
+        "instrument": "Histogram",
+        "bucket_boundaries": list(QUEUE_TIME_BUCKETS),
+        "attributes": {
+            "kafka.pipeline.source": {"type": "string", "level": "required"},
+            "messaging.destination.name": {"type": "string", "level": "required"},
+            "messaging.consumer.group.name": {"type": "string", "level": "recommended"},
+        },
+    },
 }
 
 # Of one message: what a link of a batch may carry.

@@ -85,6 +85,7 @@ OURS = {
     "template.exceptions",
     "operation",
     "self",
+    "self._known",
     "self._processed",
     "self.telemetry",
     "telemetry",
@@ -302,7 +303,8 @@ class Service:
         for number in range(3):
             headers = [("traceparent", f"00-{7:032x}-{number + 1:016x}-01".encode())]
             if number:  # what is read by the propagators
-                headers.append(("baggage", b"customer=7"))
+                start = b"kafka.pipeline=%d-orders" % (time.time() * 1000)
+                headers.append(("baggage", b"customer=7," + start))
             self.producer.send(self.source, b"%d" % number, b"key", headers)
         self.producer.flush()
         # Its own partitions, so that nothing waits for a group.
@@ -596,10 +598,15 @@ def settings(recorder: Recorder) -> list[dict[str, Any]]:
             "logger_provider": recorder.logger_provider,
             "capture_headers": "*",
             "capture_queue_time": True,
+            "pipeline_latency": True,
             "commit_spans": "all",
             "next_process_spans": True,
         },
-        {"tracer_provider": recorder.tracer_provider, "process_parent": "none"},
+        {
+            "tracer_provider": recorder.tracer_provider,
+            "process_parent": "none",
+            "pipeline_latency": True,
+        },
     ]
 
 

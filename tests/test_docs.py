@@ -32,7 +32,7 @@ import opentelemetry.sdk.environment_variables
 import pytest
 import yaml
 from kafka import KafkaConsumer
-from opentelemetry import trace
+from opentelemetry import baggage, context, trace
 from opentelemetry.instrumentation import auto_instrumentation
 from opentelemetry.instrumentation.threading import ThreadingInstrumentor
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -42,7 +42,7 @@ from opentelemetry.trace import get_current_span
 from apache_broker import free_ports
 from clients import DEADLINE, Clients, Finite, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _config
+from otel_kafka_python import KafkaPythonInstrumentor, _config, _semconv
 from pages import BLOCKS, PAGES, ROOT, Block, code_in, table
 from recorder import Recorder
 from scripts import run
@@ -983,6 +983,39 @@ def test_a_view_drops_metrics_of_the_client(measured: Measured, code: str) -> No
     assert any(re.fullmatch(r"kafka\..*_rate", name) for name in plain)
     assert not any(re.fullmatch(r"kafka\..*_rate", name) for name in kept)
     assert any(name.startswith("kafka.") for name in kept)
+
+
+# How slow pipelines are found.
+
+LATENCY = example("latency", "PIPELINE_LATENCY", "sh")
+QUERY = example("latency", "histogram_quantile", "")
+
+
+def test_the_line_turns_the_latency_of_pipelines_on() -> None:
+    (assignment,) = re.findall(r"^export (.+)$", LATENCY, re.MULTILINE)
+    assert _config.load({}, dict([assignment.split("=")])).pipeline_latency
+
+
+def test_the_query_groups_by_the_attributes_of_the_table() -> None:
+    attributes = [code_in(name)[0] for name, _ in table("latency", "What is measured")]
+    grouped = re.search(r"by \(le, (.+?)\)", QUERY, re.DOTALL)
+    assert grouped is not None
+    assert re.split(r",\s+", grouped[1]) == [
+        attribute.replace(".", "_") for attribute in attributes
+    ]
+    metric = _semconv.KAFKA_PIPELINE_LATENCY.replace(".", "_")
+    assert f"({metric}_seconds_bucket[" in QUERY
+
+
+@fragment("latency", "call_third_party")
+def test_no_baggage_leaves_for_a_third_party(code: str) -> None:
+    left: list[Any] = []
+    token = context.attach(baggage.set_baggage("kafka.pipeline", "1-orders"))
+    try:
+        exec(code, {"call_third_party": lambda: left.append(dict(baggage.get_all()))})
+    finally:
+        context.detach(token)
+    assert left == [{}]
 
 
 # What is not run as it stands: it would install from a registry, or take too long.

@@ -190,6 +190,9 @@ def test_every_name_is_one_of_the_convention() -> None:
         _semconv.MESSAGING_HEADER_PREFIX,
         _semconv.KAFKA_RECORD_QUEUE_TIME,
         _semconv.KAFKA_RECORD_QUEUE_TIME_MS,
+        _semconv.KAFKA_PIPELINE,
+        _semconv.KAFKA_PIPELINE_LATENCY,
+        _semconv.KAFKA_PIPELINE_SOURCE,
     }
     assert CONVENTION["schema_url"] == _semconv.SCHEMA_URL
     for metric in CONVENTION["metrics"].values():

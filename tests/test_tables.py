@@ -97,7 +97,12 @@ def everything(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> list[ReadableSpan]:
     """The spans of all that there is a span of, with all that can be asked for."""
-    instrument(capture_headers="*", capture_message_size=True, capture_queue_time=True)
+    instrument(
+        capture_headers="*",
+        capture_message_size=True,
+        capture_queue_time=True,
+        pipeline_latency=True,
+    )
     for work in (send, receive, process, commit, transact):
         work(clients)
     return recorder.ended
@@ -170,6 +175,7 @@ METRICS = {
     "sent": "messaging.client.sent.messages",
     "consumed": "messaging.client.consumed.messages",
     "queue time": "kafka.record.queue_time",
+    "pipeline latency": "kafka.pipeline.latency",
 }
 
 

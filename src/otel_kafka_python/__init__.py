@@ -19,8 +19,9 @@ The modules, from the outside in; each imports only from those below it:
     _telemetry         what all wrappers share: settings, tracer, instruments
     _operation         an operation, and the one way it ends
     _span_ends         where spans end that must hold nothing up
-    _endings           ends that nobody calls for: collector, fork, exit
     _messages          what a span says of the messages that it accounts for
+    _pipeline          how long messages take from the first send of their pipeline on
+    _endings           ends that nobody calls for: collector, fork, exit
     _propagation       headers in, headers out
     _metrics           the instruments, and whether anyone collects
     _client_metrics    the clients' own metrics, observed when they are collected

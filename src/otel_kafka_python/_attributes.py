@@ -15,6 +15,7 @@ from otel_kafka_python._semconv import (
     EXCEPTION_MESSAGE,
     EXCEPTION_STACKTRACE,
     EXCEPTION_TYPE,
+    KAFKA_PIPELINE_SOURCE,
     MESSAGING_CLIENT_ID,
     MESSAGING_CONSUMER_GROUP_NAME,
     MESSAGING_DESTINATION_NAME,
@@ -136,6 +137,19 @@ def queue_time_attributes(count_attributes: Attributes) -> Attributes:
         for name in _QUEUE_TIME_ATTRIBUTES
         if name in count_attributes
     }
+
+
+def pipeline_attributes(source: str, count_attributes: Attributes) -> Attributes:
+    """The attributes of the latency of pipelines: from where, and to whom.
+
+    Args:
+        source: The topic of the first send.
+        count_attributes: Those of the counted records.
+    """
+    attributes = queue_time_attributes(count_attributes)
+    attributes.pop(MESSAGING_DESTINATION_PARTITION_ID, None)
+    attributes[KAFKA_PIPELINE_SOURCE] = source
+    return attributes
 
 
 def client_metric_attributes(

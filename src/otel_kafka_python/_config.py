@@ -99,6 +99,7 @@ class Config:
     next_process_spans: _Flag = False
     metrics: _Flag = True
     client_metrics: _Flag = False
+    pipeline_latency: _Flag = False
     # Whether exceptions are recorded as span events, and as log events.
     span_exceptions: bool = True
     log_exceptions: bool = False

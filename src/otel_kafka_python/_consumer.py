@@ -25,9 +25,10 @@ from otel_kafka_python._operation import (
     OperationTemplate,
     Receipt,
 )
+from otel_kafka_python._pipeline import Arrival, Received, start_in
 from otel_kafka_python._processing.iterators import HeldScopes, Records, ScopedIterator
 from otel_kafka_python._processing.spans import open_unless_in_scope
-from otel_kafka_python._propagation import SPAN_KEY
+from otel_kafka_python._propagation import SPAN_KEY, extract
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Step, Telemetry, TracedClient
 
@@ -48,7 +49,11 @@ class ConsumerWrappers:
         self.held = HeldScopes()
         self.holds = telemetry.config.processes_next
         # Whether something of a record lasts until its consumer is asked for more.
-        self.waits = self.holds or telemetry.config.consume_hook is not None
+        self.waits = (
+            self.holds
+            or telemetry.config.consume_hook is not None
+            or telemetry.config.pipeline_latency
+        )
         telemetry.on_stop(self.held.close_all)
         telemetry.on_stop(self._close_receipts)
 
@@ -130,6 +135,7 @@ class ConsumerWrappers:
 
     def close_last(self, client: TracedClient) -> None:
         """Close what waits for the end of the last record's processing."""
+        client.received = []
         if self.holds:
             self.held.close(client)
         client.close_receipt()
@@ -229,7 +235,10 @@ class ConsumerWrappers:
             if telemetry.config.client_metrics:
                 client.remember(polled[each][-1])
             _count_records(of_partition, polled[each], span)
-            polled[each] = Records(polled[each], telemetry, client)
+            records = Records(polled[each], telemetry, client)
+            if of_partition.destination is not None:
+                records.received = _received(client, of_partition, polled[each], span)
+            polled[each] = records
 
     def receive_one(
         self, client: TracedClient, started: Moment, record: Record, *, measured: bool
@@ -275,6 +284,8 @@ class ConsumerWrappers:
             else:
                 receipt.close()
         _count_records(template, [record], span)
+        if template.destination is not None:
+            _received(client, template, [record], span)
 
 
 class ConsumerIterator(ScopedIterator):
@@ -387,3 +398,36 @@ def _count_records(
                 template.queue_time.record(seconds, attributes, context)
     except Exception:
         report("record a metric")
+
+
+def _received(
+    client: TracedClient,
+    template: OperationTemplate,
+    records: Sequence[Record],
+    span: Span | None,
+) -> Received | None:
+    """What measures the way of records that nothing will have processed.
+
+    Args:
+        client: The consumer, which keeps it until it is asked for more.
+        template: What is known of polls of their topic and partition.
+        records: The records that are handed to the application.
+        span: The span that accounts for them, if there is one.
+    """
+    destination, now = template.destination, time.time_ns()
+    arrivals: dict[int, Arrival] = {}
+    try:
+        for record in records:
+            context, _ = extract(record.headers)
+            if destination is None or not context:
+                continue
+            arrival = destination.arrival(start_in(context, now))
+            if arrival is not None:
+                arrivals[id(record)] = arrival
+    except Exception:
+        report("see when the pipelines of records began")
+    if not arrivals:
+        return None
+    received = Received(arrivals, now, span)
+    client.received.append(received)
+    return received

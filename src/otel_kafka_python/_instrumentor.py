@@ -90,6 +90,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         next_process_spans: bool | None = None,
         metrics: bool | None = None,
         client_metrics: bool | None = None,
+        pipeline_latency: bool | None = None,
         skip_dep_check: bool = False,
         raise_exception_on_conflict: bool = False,
         **unknown: NoReturn,
@@ -145,6 +146,9 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
                 recorded. Default: true.
             client_metrics: Whether kafka-python's own metrics and the consumers' lag
                 are exported, too. Default: false.
+            pipeline_latency: Whether a histogram records the time from the first send
+                of a pipeline to the end of each processing. The start travels as
+                baggage, which other calls also carry. Default: false.
             skip_dep_check: Whether to instrument any installed version of kafka-python.
                 Default: false.
             raise_exception_on_conflict: Whether an unsupported version raises an
@@ -179,6 +183,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             next_process_spans=next_process_spans,
             metrics=metrics,
             client_metrics=client_metrics,
+            pipeline_latency=pipeline_latency,
             skip_dep_check=skip_dep_check,
             raise_exception_on_conflict=raise_exception_on_conflict,
             **unknown,

@@ -21,6 +21,7 @@ from otel_kafka_python._client_metrics import Living, observe
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,
+    KAFKA_PIPELINE_LATENCY,
     KAFKA_RECORD_QUEUE_TIME,
     MESSAGING_CLIENT_CONSUMED_MESSAGES,
     MESSAGING_CLIENT_OPERATION_DURATION,
@@ -128,6 +129,7 @@ class Metrics:
         self._measures = measures
         self._living = living
         self._instruments: Instruments | None = None
+        self._pipeline_latency: Histogram | None = None
 
     def instruments(self) -> Instruments | None:
         """The instruments, or None as long as nobody collects their measurements.
@@ -143,15 +145,25 @@ class Metrics:
                     self._instruments = self._make()
         return self._instruments
 
+    def pipeline_latency(self) -> Histogram | None:
+        """The histogram of the latency of pipelines, or None as for the instruments."""
+        if self._pipeline_latency is None:
+            with _making:
+                meter = _meter(self._provider or get_meter_provider())
+                if meter is not None and self._pipeline_latency is None:
+                    self._pipeline_latency = meter.create_histogram(
+                        KAFKA_PIPELINE_LATENCY,
+                        "s",
+                        "Time from the first send of a pipeline until a message of it "
+                        "was processed.",
+                        explicit_bucket_boundaries_advisory=QUEUE_TIME_BUCKETS,
+                    )
+        return self._pipeline_latency
+
     def _make(self) -> Instruments | None:
         provider = self._provider or get_meter_provider()
-        # Providers and meters of the API itself record nothing: no provider is set
-        # yet, or the SDK is disabled. The API's proxies begin to record when a provider
-        # is set, but measurements before that would be wasted work.
-        if _is_of_api(provider):
-            return None
-        meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
-        if _is_of_api(meter):
+        meter = _meter(provider)
+        if meter is None:
             return None
         instruments = None
         if self._measures:
@@ -162,6 +174,17 @@ class Metrics:
             except Exception:
                 report("observe the metrics of clients")
         return instruments
+
+
+def _meter(provider: MeterProvider) -> Meter | None:
+    """The meter of a provider, if that collects anything."""
+    # Providers and meters of the API itself record nothing: no provider is set yet, or
+    # the SDK is disabled. The API's proxies begin to record when a provider is set, but
+    # measurements before that would be wasted work.
+    if _is_of_api(provider):
+        return None
+    meter = provider.get_meter("otel_kafka_python", __version__, SCHEMA_URL)
+    return None if _is_of_api(meter) else meter
 
 
 def _is_of_api(thing: object) -> bool:

@@ -28,6 +28,7 @@ from otel_kafka_python._attributes import (
 from otel_kafka_python._endings import Endable
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import MessageCounter, Tally
+from otel_kafka_python._pipeline import Destination
 from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import call_hook, report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
@@ -77,6 +78,8 @@ class OperationTemplate:
         injects: Whether the messages that are sent carry a context.
         observes_end: Whether the end matters if the span is not recorded.
         queue_time: The histogram of the time in the topic, if it is enabled.
+        starts_pipeline: Whether sent messages carry the start of a pipeline.
+        destination: Measures the latency of pipelines, if that is enabled.
     """
 
     topic: str | None
@@ -93,6 +96,8 @@ class OperationTemplate:
     injects: bool
     observes_end: bool
     queue_time: Histogram | None = None
+    starts_pipeline: bool = False
+    destination: Destination | None = None
     _by_partition: dict[int | None, tuple[Attributes, Tally | None]] = field(
         default_factory=dict
     )

@@ -36,11 +36,13 @@ from otel_kafka_python._operation import (
     PendingOperation,
     is_recorded,
 )
+from otel_kafka_python._pipeline import context_to_send, with_start
 from otel_kafka_python._processing.scopes import (
     THREADS_INHERIT,
     context_of_thread,
     is_being_processed,
 )
+from otel_kafka_python._processing.spans import start_without_span
 from otel_kafka_python._propagation import (
     creation_context,
     inject,
@@ -321,10 +323,14 @@ class ProducerWrappers:
             self._call_hook(hook, span, delivery, args, kwargs)
             headers = _kafka.send_headers(args, kwargs)
         # Without an SDK there is mostly nothing to inject: saves 2 µs.
-        if span is INVALID_SPAN:
-            span = None
-        if injects and (context or span is not None):
-            args, kwargs = _with_context(args, kwargs, headers, context, span)
+        span = None if span is INVALID_SPAN else span
+        sent = context
+        if template.starts_pipeline:
+            sent, args, kwargs = _in_pipeline(
+                template, started, args, kwargs, headers, context, kept
+            )
+        if injects and (sent or span is not None):
+            args, kwargs = _with_context(args, kwargs, headers, sent, span)
         extended = span if client.is_extended else None
         scope = None if extended is None else set_span_in_context(extended, context)
         return delivery, scope, args, kwargs
@@ -381,6 +387,34 @@ class ProducerWrappers:
         except Exception:
             report("read the context of a message that is sent")
             return None
+
+
+def _in_pipeline(
+    template: OperationTemplate,
+    started: Moment,
+    args: Args,
+    kwargs: Kwargs,
+    headers: Any,
+    context: Context,
+    kept: SpanContext | None,
+) -> tuple[Context, Args, Kwargs]:
+    """The context to inject, with the start of the message's pipeline.
+
+    Where the message keeps its own creation context, nothing is injected: the start
+    stands in the returned arguments of `send` then.
+    """
+    now = started[0]
+    try:
+        topic, processed = str(template.topic), start_without_span()
+        sent = context_to_send(headers, context, processed, topic, now)
+        if kept is not None:
+            added = with_start(headers, sent, now)
+            if added is not headers:
+                args, kwargs = _kafka.with_headers(args, kwargs, added)
+    except Exception:
+        report("carry the start of a pipeline")
+        return context, args, kwargs
+    return sent, args, kwargs
 
 
 def _with_context(

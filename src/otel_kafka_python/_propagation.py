@@ -34,6 +34,9 @@ EMPTY = Context()
 # the time of `set_span_in_context`, which copies what it is given.
 (SPAN_KEY,) = set_span_in_context(INVALID_SPAN, EMPTY)
 
+# And under this one it has its baggage.
+(BAGGAGE_KEY,) = baggage.set_baggage("entry", "value", EMPTY)
+
 # Of a header for each entry of the baggage (Jaeger's, OpenTracing's) the propagators'
 # fields say nothing.
 _BAGGAGE_PREFIXES = ("uberctx-", "ot-baggage-")
@@ -210,7 +213,25 @@ def inject(headers: Any, context: Context, span: Span | None = None) -> Any:
         return headers
     if headers is None:
         return written
-    stale = _propagators().names.union(name.lower() for name, _ in written)
+    return _replaced(headers, written, _propagators().names)
+
+
+def inject_baggage(headers: list[Header], context: Context) -> list[Header]:
+    """The headers of a record with the baggage of a context, and else as they were.
+
+    Args:
+        headers: What the application gave to `send`.
+        context: The context with the baggage.
+    """
+    written = _write(Context({BAGGAGE_KEY: context[BAGGAGE_KEY]}))
+    return _replaced(headers, written, frozenset()) if written else headers
+
+
+def _replaced(
+    headers: list[Header], written: list[Header], names: frozenset[str]
+) -> list[Header]:
+    """A copy of headers in which those of some names give way to what is written."""
+    stale = names.union(name.lower() for name, _ in written)
     kept = [header for header in headers if _name(header) not in stale]
     if type(headers) is list:
         return kept + written

@@ -30,6 +30,9 @@ __all__ = [
     "EXCEPTION_MESSAGE",
     "EXCEPTION_STACKTRACE",
     "EXCEPTION_TYPE",
+    "KAFKA_PIPELINE",
+    "KAFKA_PIPELINE_LATENCY",
+    "KAFKA_PIPELINE_SOURCE",
     "KAFKA_RECORD_QUEUE_TIME",
     "KAFKA_RECORD_QUEUE_TIME_MS",
     "MESSAGING_BATCH_MESSAGE_COUNT",
@@ -95,6 +98,12 @@ QUEUE_TIME_BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
     60.0, 300.0, 1800.0, 7200.0, 43200.0, 86400.0,
 )  # fmt: skip
+
+# Our own, too: the entry of the baggage that has the start of a pipeline, the histogram
+# of the time since, and its attribute with the topic of the first send.
+KAFKA_PIPELINE: Final = "kafka.pipeline"
+KAFKA_PIPELINE_LATENCY: Final = "kafka.pipeline.latency"
+KAFKA_PIPELINE_SOURCE: Final = "kafka.pipeline.source"
 
 # The conventions' value of `error.type` for an unknown error.
 ERROR_OTHER: Final = "_OTHER"

@@ -37,6 +37,7 @@ from otel_kafka_python._operation import (
     OperationTemplate,
     Receipt,
 )
+from otel_kafka_python._pipeline import Destination, Received, Sources
 from otel_kafka_python._propagation import has_propagators
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import MESSAGING_KAFKA_CLUSTER_ID, SCHEMA_URL
@@ -54,7 +55,7 @@ class Step(Enum):
 class TracedClient(Client):
     """A producer or consumer, with the data that the wrappers keep for it."""
 
-    __slots__ = ("answer_attributes", "receipt", "step", "templates")
+    __slots__ = ("answer_attributes", "receipt", "received", "step", "templates")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,6 +65,9 @@ class TracedClient(Client):
         self.step: Step | None = None
         # Of the last record, if that may yet be processed with the hook's span.
         self.receipt: Receipt | None = None
+        # The last records that were handed over, if the latency of pipelines is
+        # measured.
+        self.received: list[Received] = []
 
     def close_receipt(self) -> None:
         """Call the hook with the last receipt, and end that."""
@@ -106,6 +110,7 @@ class Telemetry:
             self._living if config.client_metrics else None,
             measures=config.metrics,
         )
+        self._sources = Sources()
         self._exceptions = ExceptionEvents(config, logger_provider)
         self._tracer = trace.get_tracer(
             "otel_kafka_python", __version__, tracer_provider, SCHEMA_URL
@@ -213,6 +218,17 @@ class Telemetry:
             }.get(kind)
             if kind is POLL and self.config.capture_queue_time:
                 queue_time = instruments.queue_time
+        injects = (
+            self.config.propagates_to(topic)
+            and client.sends_headers
+            and has_propagators()
+        )
+        destination = None
+        starts_pipeline = False
+        if self.config.pipeline_latency and topic is not None:
+            starts_pipeline = kind is SEND and injects
+            if kind in (PROCESS, POLL):
+                destination = self._destination(count_attributes)
         return OperationTemplate(
             topic=topic,
             name=span_name(kind.name, topic),
@@ -225,13 +241,11 @@ class Telemetry:
             exceptions=self._exceptions,
             event_type=kind.type or "settle",
             knows_cluster=MESSAGING_KAFKA_CLUSTER_ID in attributes,
-            injects=(
-                self.config.propagates_to(topic)
-                and client.sends_headers
-                and has_propagators()
-            ),
+            injects=injects,
             observes_end=duration is not None or self._exceptions.are_logged,
             queue_time=queue_time,
+            starts_pipeline=starts_pipeline,
+            destination=destination,
         )
 
     def _instruments(self) -> Instruments | None:
@@ -240,6 +254,14 @@ class Telemetry:
         except Exception:
             report("create the instruments")
             return None
+
+    def _destination(self, count_attributes: Attributes) -> Destination | None:
+        try:
+            histogram = self._metrics.pipeline_latency()
+        except Exception:
+            report("create the instruments")
+            return None
+        return Destination(histogram, count_attributes, self._sources)
 
     def start_span(
         self,

@@ -13,6 +13,7 @@ from opentelemetry import context as otel_context
 
 from otel_kafka_python import _endings
 from otel_kafka_python._messages import Record
+from otel_kafka_python._pipeline import Received
 from otel_kafka_python._processing.loops import (
     Asker,
     asker_at,
@@ -118,7 +119,10 @@ class Records(list[Record]):
         client: The consumer.
     """
 
-    __slots__ = ("_processed", "client", "telemetry")
+    __slots__ = ("_processed", "client", "received", "telemetry")
+
+    # What lives as long as these may be looped over, where pipelines are measured.
+    received: Received | None
 
     def __init__(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
+    Span,
     SpanKind,
     TraceFlags,
     get_current_span,
@@ -25,6 +26,14 @@ from otel_kafka_python._messages import (
     shared,
 )
 from otel_kafka_python._operation import PROCESS, Moment, OperationTemplate
+from otel_kafka_python._pipeline import (
+    Arrival,
+    Start,
+    carrying,
+    measure,
+    start_in,
+    take,
+)
 from otel_kafka_python._processing.scopes import (
     Scope,
     ScopeMessages,
@@ -32,9 +41,106 @@ from otel_kafka_python._processing.scopes import (
     innermost,
     scope_of,
 )
-from otel_kafka_python._propagation import extract
+from otel_kafka_python._propagation import SPAN_KEY, extract
 from otel_kafka_python._safety import call_hook
 from otel_kafka_python._telemetry import Telemetry, TracedClient
+
+
+class Way(NamedTuple):
+    """How far messages that are processed have come through their pipelines."""
+
+    start: Start | None  # of the pipeline that began first
+    arrivals: Sequence[Arrival]
+
+
+def _way(
+    telemetry: Telemetry,
+    client: TracedClient,
+    messages: Iterable[tuple[Record, Context]],
+    now: int,
+) -> Way:
+    """See how far messages have come.
+
+    Args:
+        telemetry: What the instrumentation works with.
+        client: The consumer, or an empty one if it is not known.
+        messages: The records, each with the context that it carries.
+        now: Nanoseconds since the epoch.
+    """
+    first, arrivals = None, []
+    for record, carried in messages:
+        take(record)
+        start = start_in(carried, now)
+        template = telemetry.template(client, PROCESS, record.topic, record.partition)
+        if start is None or template is None or template.destination is None:
+            continue
+        first = start if first is None else min(start, first)
+        arrival = template.destination.arrival(start)
+        if arrival is not None:
+            arrivals.append(arrival)
+    return Way(first, arrivals)
+
+
+def _way_of_batch(
+    telemetry: Telemetry, client: TracedClient, records: Sequence[Record], now: int
+) -> Way | None:
+    """See how far records have come, where pipelines are measured."""
+    if not telemetry.config.pipeline_latency:
+        return None
+    messages = ((record, extract(record.headers)[0]) for record in records)
+    return _way(telemetry, client, messages, now)
+
+
+class PipelineScope(Scope):
+    """A scope at whose end the way of its messages through their pipelines is measured.
+
+    Args:
+        template: What was known of it in advance.
+        span: Its span, or None if it is only measured.
+        started: When it started.
+        way: How far its messages have come.
+    """
+
+    __slots__ = ("way",)
+
+    def __init__(
+        self, template: OperationTemplate, span: Span | None, started: Moment, way: Way
+    ) -> None:
+        self.way = way
+        super().__init__(template, span, started)
+
+    def end_claimed(
+        self,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        ended: int | None = None,
+        measured: bool = True,
+        partition: int | None = None,
+        messages: int = 0,
+    ) -> None:
+        """End it, as `end` does, and measure; the caller has claimed it."""
+        if ended is None:
+            ended = time.monotonic_ns()
+        super().end_claimed(
+            attributes,
+            ended=ended,
+            measured=measured,
+            partition=partition,
+            messages=messages,
+        )
+        since_epoch, began = self.started
+        context = None if self.span is None else Context({SPAN_KEY: self.span})
+        measure(self.way.arrivals, since_epoch + ended - began, context)
+
+
+def start_without_span() -> Start | None:
+    """The start of the pipeline that is processed here, where that has no span."""
+    scope = innermost.get(None)
+    while scope is not None:
+        if isinstance(scope, PipelineScope) and scope.span is None and not scope.ended:
+            return scope.way.start
+        scope = scope._below
+    return None
 
 
 def open_scope(
@@ -59,7 +165,7 @@ def open_scope(
     config, started = telemetry.config, (time.time_ns(), time.monotonic_ns())
     around = _context_around(current)
     if not config.process_spans:
-        return _open_measured(template, (record,), started, around)
+        return _open_measured(telemetry, client, template, (record,), started, around)
     carried, created = extract(record.headers)
     attributes: Mapping[str, Any]
     # Where the trace is sampled, so is the span, mostly: not to defer it saves
@@ -73,6 +179,9 @@ def open_scope(
         Context({**around, **carried}) if around and carried else around or carried
     )
     links = () if created is None else (Link(created),)
+    way = None
+    if config.pipeline_latency:
+        way = _way(telemetry, client, ((record, carried),), started[0])
     span = telemetry.start_span(
         template,
         SpanKind.CONSUMER,
@@ -88,7 +197,11 @@ def open_scope(
     ):
         # Without an SDK there is nothing to make current then: saves half.
         return None
-    scope = Scope(template, span, started)
+    scope = (
+        Scope(template, span, started)
+        if way is None
+        else PipelineScope(template, span, started, way)
+    )
     try:
         scope.enter(ScopeMessages((record,), links, context), around, context)
         if span is not None and config.consume_hook is not None:
@@ -123,9 +236,12 @@ def open_batch_scope(
     config, started = telemetry.config, (time.time_ns(), time.monotonic_ns())
     around = _context_around(current)
     if not config.process_spans:
-        return _open_measured(template, records, started, around)
+        return _open_measured(telemetry, client, template, records, started, around)
     attributes = template.attributes.copy()
     links = tuple(account_for(config, records, topic, partition, attributes))
+    way, context = _way_of_batch(telemetry, client, records, started[0]), around
+    if way is not None and way.start is not None:
+        context = carrying(way.start, around)
     span = telemetry.start_span(
         template,
         SpanKind.CONSUMER,
@@ -134,8 +250,12 @@ def open_batch_scope(
         _parent(config, around, around),
         links,
     )
-    scope = Scope(template, span, started)
-    scope.enter(ScopeMessages(records, links, around), around, around)
+    scope = (
+        Scope(template, span, started)
+        if way is None
+        else PipelineScope(template, span, started, way)
+    )
+    scope.enter(ScopeMessages(records, links, around), around, context)
     return scope
 
 
@@ -149,15 +269,22 @@ def open_unless_in_scope(
 
 
 def _open_measured(
+    telemetry: Telemetry,
+    client: TracedClient,
     template: OperationTemplate,
     records: Sequence[Record],
     started: Moment,
     around: Context,
 ) -> Scope | None:
     """Enter a scope that has no span and is only measured."""
-    if template.duration is None:
+    way = _way_of_batch(telemetry, client, records, started[0])
+    if template.duration is None and way is None:
         return None
-    scope = Scope(template, None, started)
+    scope = (
+        Scope(template, None, started)
+        if way is None
+        else PipelineScope(template, None, started, way)
+    )
     scope.enter(ScopeMessages(records, (), around), around, around)
     return scope
 

@@ -1,0 +1,252 @@
+"""How long messages take, from the first send of their pipeline on.
+
+The start of a pipeline travels as one entry of the W3C baggage: `kafka.pipeline`, with
+the milliseconds since the epoch and the topic of the first send, as in
+`1700000000000-orders`. No character of it needs an escape and none is a delimiter, so
+that propagators of all languages pass it on as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from opentelemetry import baggage
+from opentelemetry.context import Context
+from opentelemetry.metrics import Histogram
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from otel_kafka_python import _endings
+from otel_kafka_python._attributes import Attributes, pipeline_attributes
+from otel_kafka_python._propagation import (
+    BAGGAGE_KEY,
+    SPAN_KEY,
+    extract,
+    inject_baggage,
+    may_carry_context,
+)
+from otel_kafka_python._safety import report
+from otel_kafka_python._semconv import ERROR_OTHER, KAFKA_PIPELINE
+
+_ENTRY = re.compile(r"([0-9]{1,15})-([a-zA-Z0-9._-]{1,249})")
+_MS = 1_000_000  # in nanoseconds
+
+# A clock may be behind by as much as Kafka itself lets a timestamp be ahead. What else
+# is in the future, and what is older than this, is no start of anything.
+_MAX_AHEAD = 3600 * 1000 * _MS
+_MAX_AGE = 30 * 24 * 3600 * 1000 * _MS
+
+# The first topics come from outside: there may be any number of them.
+_MAX_SOURCES = 100
+
+
+class Start(NamedTuple):
+    """The first send of a pipeline."""
+
+    began: int  # in nanoseconds since the epoch
+    topic: str
+
+
+def start_in(context: Context, now: int) -> Start | None:
+    """The start in the baggage of a context, if there is one that can be true.
+
+    Args:
+        context: The context.
+        now: Nanoseconds since the epoch.
+    """
+    entry = None
+    try:
+        if context:
+            entry = baggage.get_baggage(KAFKA_PIPELINE, context)
+    except Exception:
+        report("read the start of a pipeline")
+    found = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
+    if found is None:
+        return None
+    start = Start(int(found[1]) * _MS, found[2])
+    return start if -_MAX_AHEAD <= now - start.began <= _MAX_AGE else None
+
+
+def carrying(start: Start, context: Context) -> Context:
+    """The context, with a start in its baggage."""
+    try:
+        entry = f"{start.began // _MS}-{start.topic}"
+        entries = {**baggage.get_all(context), KAFKA_PIPELINE: entry}
+    except Exception:
+        report("carry the start of a pipeline")
+        return context
+    return Context({**context, BAGGAGE_KEY: entries})
+
+
+def context_to_send(
+    headers: Any, context: Context, processed: Start | None, topic: str, now: int
+) -> Context:
+    """The context that a message takes along, with the start of its pipeline.
+
+    Args:
+        headers: What the application gave to `send`: those of a record that it
+            forwards have its start.
+        context: The context that it is sent in.
+        processed: The start of what is being processed without a span, and so in no
+            context.
+        topic: Its topic, where a pipeline starts if none has started.
+        now: Nanoseconds since the epoch.
+    """
+    if may_carry_context(headers):
+        forwarded = start_in(extract(headers)[0], now)
+        if forwarded is not None:
+            return carrying(forwarded, context)
+    if start_in(context, now) is not None:
+        return context
+    return carrying(processed or Start(now, topic), context)
+
+
+def with_start(headers: Any, context: Context, now: int) -> Any:
+    """Headers that keep their creation context, with the start of their pipeline.
+
+    Args:
+        headers: What the application gave to `send`.
+        context: The context that `context_to_send` has made.
+        now: Nanoseconds since the epoch.
+    """
+    carried, _ = extract(headers)
+    start = start_in(context, now)
+    if start is None or start_in(carried, now) is not None:
+        return headers
+    return inject_baggage(headers, carrying(start, carried))
+
+
+class Sources:
+    """The topics that pipelines are known to start with, as an attribute has them."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def name(self, topic: str) -> str:
+        """The topic, or `_OTHER` once there are too many different ones."""
+        if topic not in self._known:
+            if len(self._known) >= _MAX_SOURCES:
+                return ERROR_OTHER
+            self._known.add(topic)
+        return topic
+
+
+class Arrival(NamedTuple):
+    """A message whose way is measured once its processing ends."""
+
+    histogram: Histogram
+    began: int
+    attributes: Attributes
+
+    def measure(self, ended: int, context: Context | None) -> None:
+        """Measure its way.
+
+        Args:
+            ended: When its processing ended, in nanoseconds since the epoch.
+            context: The context that has the span for the exemplar.
+        """
+        seconds = max(0, ended - self.began) / 1e9
+        self.histogram.record(seconds, self.attributes, context)
+
+
+class Destination:
+    """Where pipelines are measured: a topic, as a group takes its records.
+
+    Args:
+        histogram: What measures it; None if nobody collects it.
+        attributes: Those of the counted records.
+        sources: The known topics of first sends.
+    """
+
+    __slots__ = ("_attributes", "_histogram", "_sources")
+
+    def __init__(
+        self, histogram: Histogram | None, attributes: Attributes, sources: Sources
+    ) -> None:
+        self._histogram = histogram
+        self._attributes = attributes
+        self._sources = sources
+
+    def arrival(self, start: Start | None) -> Arrival | None:
+        """What measures a message of a pipeline, if anything does."""
+        if start is None or self._histogram is None:
+            return None
+        attributes = pipeline_attributes(
+            self._sources.name(start.topic), self._attributes
+        )
+        return Arrival(self._histogram, start.began, attributes)
+
+
+def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) -> None:
+    """Measure the way of messages whose processing has ended.
+
+    Args:
+        arrivals: The messages.
+        ended: When it ended, in nanoseconds since the epoch.
+        context: The context that has the span for the exemplar; the current one if
+            None.
+    """
+    try:
+        for arrival in arrivals:
+            arrival.measure(ended, context)
+    except Exception:
+        report("record a metric")
+
+
+# The records that were handed over and that nothing has processed, by their identity:
+# each has the arrivals of those that were handed over together.
+_unprocessed: dict[int, dict[int, Arrival]] = {}
+
+
+def take(record: object) -> None:
+    """Note that a record is processed: its hand-over is not the end of its way."""
+    arrivals = _unprocessed.pop(id(record), None)
+    if arrivals is not None:
+        arrivals.pop(id(record), None)
+
+
+class Received(_endings.Endable):
+    """Records that the application was given together.
+
+    The consumer keeps it until it is asked for more, and so does the list that may be
+    looped over. Records that nothing has processed by then have arrived when they were
+    handed over.
+
+    Args:
+        arrivals: The arrivals of the records, by the identity of each.
+        at: When they were handed over, in nanoseconds since the epoch.
+        span: The span that accounts for them, if there is one.
+    """
+
+    __slots__ = ("_arrivals", "_at", "_span")
+
+    def __init__(
+        self, arrivals: Mapping[int, Arrival], at: int, span: Span | None
+    ) -> None:
+        self.process, self.ended = _endings.process, False
+        self._arrivals = dict(arrivals)
+        self._at = at
+        self._span = span
+        _unprocessed.update(dict.fromkeys(self._arrivals, self._arrivals))
+
+    def abandon(self, ended: int) -> None:  # noqa: ARG002 (as overridden)
+        """Measure those that nothing has processed."""
+        if self.process is not _endings.process:
+            return
+        self._forget()
+        arrivals, self._arrivals = self._arrivals, {}
+        self.ended = True
+        span = INVALID_SPAN if self._span is None else self._span
+        measure(arrivals.values(), self._at, Context({SPAN_KEY: span}))
+
+    def _forget(self) -> None:
+        for identity in list(self._arrivals):
+            if _unprocessed.get(identity) is self._arrivals:
+                del _unprocessed[identity]
+
+    def __del__(self) -> None:
+        # Nothing of it was measured where an interrupt has left it half made.
+        if getattr(self, "_arrivals", None):
+            self._forget()
+            _endings.defer(self)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, make_dataclass
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
+from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from opentelemetry.trace import Span
@@ -230,11 +231,13 @@ def disabled_in_file(environ: Mapping[str, str] = os.environ) -> bool:
     if not path:
         return False
     try:
-        from opentelemetry.configuration import load_config_file  # noqa: PLC0415
+        configuration = import_module("opentelemetry.configuration")
     except ImportError:  # then the SDK has not read it either
         return False
     try:
-        instrumentation = load_config_file(path).instrumentation_development
+        instrumentation = configuration.load_config_file(
+            path
+        ).instrumentation_development
         packages = (instrumentation and instrumentation.python) or {}
         return not packages.get("kafka_python", {}).get("enabled", True)
     except Exception:

@@ -754,6 +754,7 @@ def test_log_lines_have_the_trace_id(
     assert spans_until(receiver, span)[span].span.trace_id.hex() == trace_id
 
 
+FRAMEWORKS = ("fastapi", "flask", "django")
 WORKER = example("web", "KafkaConsumer(")
 START_WORKER = example("web", "python worker.py", "sh")
 ORDER = example("web", "curl", "sh")
@@ -763,10 +764,11 @@ ORDER = example("web", "curl", "sh")
     ("module", "code", "command", "served"),
     [
         (module, example("web", f"from {module}"), example("web", start, "sh"), served)
-        for module, start, served in (
-            ("fastapi", "uvicorn", "POST /orders/{item}"),
-            ("flask", "--app web", "POST /orders/<item>"),
-            ("django", "django-admin", "POST orders/<item>"),
+        for module, start, served in zip(
+            FRAMEWORKS,
+            ("uvicorn web:app", "--app web", "django-admin"),
+            ("POST /orders/{item}", "POST /orders/<item>", "POST orders/<item>"),
+            strict=True,
         )
     ],
     ids=["FastAPI", "Flask", "Django"],
@@ -1023,8 +1025,11 @@ def test_no_baggage_leaves_for_a_third_party(code: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [example(page, "pip install", "sh") for page in ("logs", "threads")],
-    ids=["logs", "threads"],
+    [
+        *(example(page, "pip install", "sh") for page in ("logs", "threads")),
+        *(example("web", f"pip install {name}", "sh") for name in FRAMEWORKS),
+    ],
+    ids=["logs", "threads", *FRAMEWORKS],
 )
 def test_what_is_to_be_installed_exists(line: str) -> None:
     for name in shlex.split(line)[2:]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import uuid
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +104,18 @@ def recorder() -> Iterator[Recorder]:
     recorder = Recorder()
     yield recorder
     recorder.check()
+
+
+@pytest.fixture(scope="session")
+def demo() -> ModuleType:
+    """The demo, which starts services."""
+    place = Path(__file__).parent.parent / "examples" / "demo" / "__main__.py"
+    spec = importlib.util.spec_from_file_location("demo_main", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 Instrument = Callable[..., None]

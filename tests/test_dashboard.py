@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
@@ -26,9 +25,8 @@ DASHBOARD = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
 EXPRESSIONS = [
     target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]
 ]
-# What an expression names that is not a metric: functions, and labels within
-# `by (…)` and `{…}`.
-METRIC = r"\b(?:messaging|kafka)_\w+"
+# A metric, with the labels that are matched; none within `by (…)` and `on (…)`.
+SELECTOR = r"\b((?:messaging|kafka)_\w+)(?:\{(.*?)\})?"
 SERVICES = ("payments", "shipping", "orders")
 
 
@@ -37,27 +35,14 @@ def grouped_by(expression: str) -> set[str]:
     return {name.strip() for name in names.split(",")}
 
 
-def labels(expression: str) -> set[str]:
-    found = grouped_by(expression)
-    for matchers in re.findall(r"\{(.*?)\}", expression):
-        found |= set(re.findall(r"(\w+)\s*(?:=|!)", matchers))
+def matched(expression: str) -> dict[str, set[str]]:
+    """The labels that are matched of each metric."""
+    found: dict[str, set[str]] = {}
+    without_groups = re.sub(r"(?:by|on) \(.*?\)", "", expression)
+    for metric, matchers in re.findall(SELECTOR, without_groups):
+        names = re.findall(r"(\w+)\s*(?:=|!)", matchers)
+        found.setdefault(metric, set()).update(names)
     return found
-
-
-def metrics(expression: str) -> set[str]:
-    without_labels = re.sub(r"by \(.*?\)|\{.*?\}", "", expression)
-    return set(re.findall(METRIC, without_labels))
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    place = EXAMPLES / "demo" / "__main__.py"
-    spec = importlib.util.spec_from_file_location("demo_main", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +65,7 @@ def served(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
                     OTEL_EXPORTER_PROMETHEUS_HOST="127.0.0.1",
                     OTEL_EXPORTER_PROMETHEUS_PORT=str(port),
                     OTEL_PYTHON_KAFKA_CLIENT_METRICS="true",
+                    OTEL_PYTHON_KAFKA_PIPELINE_LATENCY="true",
                     OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="kafka",
                 )
             )
@@ -119,18 +105,21 @@ def label_sets(served: str, metric: str) -> Iterator[set[str]]:
 
 def test_there_is_something_to_show() -> None:
     assert len(EXPRESSIONS) >= 9
-    assert all(metrics(expression) for expression in EXPRESSIONS)
+    assert all(matched(expression) for expression in EXPRESSIONS)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_each_metric_and_label_is_one_that_is_served(
     served: str, expression: str
 ) -> None:
-    wanted = labels(expression)
-    for metric in metrics(expression):
+    grouped = grouped_by(expression)
+    seen = set()
+    for metric, wanted in matched(expression).items():
         found = list(label_sets(served, metric))
         assert found, f"{metric} is not served"
         assert any(wanted <= names for names in found), f"{wanted} of {metric}: {found}"
+        seen |= set.union(*found)
+    assert grouped <= seen
 
 
 def test_the_legends_name_labels_of_their_expressions() -> None:

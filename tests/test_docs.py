@@ -859,6 +859,33 @@ SLOW_TRACE = example("bottlenecks", "process orders", "text")
 
 ROWS = table("bottlenecks", "2. Compare all messages")
 DASHBOARD = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text())
+PROMETHEUS = example("alerts", "rule_files", "yaml")
+LAG = example("alerts", "max by", "promql")
+FAILED = example("alerts", "offset", "promql")
+
+
+def test_prometheus_scrapes_what_the_collector_serves_and_has_the_rules() -> None:
+    config = yaml.safe_load(PROMETHEUS)
+    collector = yaml.safe_load((ROOT / "examples" / "collector.yaml").read_text())
+    ((target,),) = (
+        each["targets"]
+        for scrape in config["scrape_configs"]
+        for each in scrape["static_configs"]
+    )
+    assert target == collector["exporters"]["prometheus"]["endpoint"]
+    for name in config["rule_files"]:
+        assert (ROOT / "examples" / name).exists()
+
+
+def test_the_alerts_and_queries_of_the_guide_are_those_of_the_examples() -> None:
+    rules = yaml.safe_load((ROOT / "examples" / "prometheus-rules.yaml").read_text())
+    (group,) = rules["groups"]
+    expressions = {rule["alert"]: rule["expr"] for rule in group["rules"]}
+    rows = table("alerts", "The alerts")
+    assert [code_in(alert)[0] for alert, *_ in rows] == list(expressions)
+    assert " ".join(FAILED.split()) in expressions["KafkaProcessingFails"]
+    shown = [each["expr"] for p in DASHBOARD["panels"] for each in p["targets"]]
+    assert LAG.strip() in shown
 
 
 def test_the_panels_that_are_named_exist() -> None:

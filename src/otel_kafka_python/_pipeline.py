@@ -1,9 +1,9 @@
-"""How long messages take, from the first send of their pipeline on.
+"""The time that messages take from the first send of their pipeline.
 
 The start of a pipeline travels as one entry of the W3C baggage: `kafka.pipeline`, with
 the milliseconds since the epoch and the topic of the first send, as in
-`1700000000000-orders`. No character of it needs an escape and none is a delimiter, so
-that propagators of all languages pass it on as it is.
+`1700000000000-orders`. None of its characters is a delimiter or needs an escape, so the
+propagators of all languages pass it on unchanged.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from otel_kafka_python._semconv import ERROR_OTHER, KAFKA_PIPELINE
 _ENTRY = re.compile(r"([0-9]{1,15})-([a-zA-Z0-9._-]{1,249})")
 _MS = 1_000_000  # in nanoseconds
 
-# A clock may be behind by as much as Kafka itself lets a timestamp be ahead. What else
-# is in the future, and what is older than this, is no start of anything.
+# A clock may be behind by as much as Kafka lets a timestamp be ahead. A time further in
+# the future, or older than the maximal age, is not a valid start.
 _MAX_AHEAD = 3600 * 1000 * _MS
 _MAX_AGE = 30 * 24 * 3600 * 1000 * _MS
 
-# The first topics come from outside: there may be any number of them.
+# The first topics come from other services, so their number needs a limit.
 _MAX_SOURCES = 100
 
 
@@ -49,7 +49,7 @@ class Start(NamedTuple):
 
 
 def start_in(context: Context, now: int) -> Start | None:
-    """The start in the baggage of a context, if there is one that can be true.
+    """The start in the baggage of a context, if there is a valid one.
 
     Args:
         context: The context.
@@ -85,12 +85,12 @@ def context_to_send(
     """The context that a message takes along, with the start of its pipeline.
 
     Args:
-        headers: What the application gave to `send`: those of a record that it
-            forwards have its start.
-        context: The context that it is sent in.
-        processed: The start of what is being processed without a span, and so in no
-            context.
-        topic: Its topic, where a pipeline starts if none has started.
+        headers: The headers that the application passed to `send`. Those of a
+            forwarded record have its start.
+        context: The context in which the message is sent.
+        processed: The start of the record that is being processed without a span, so
+            that no context has it.
+        topic: The message's topic, in which a pipeline starts if none has started.
         now: Nanoseconds since the epoch.
     """
     if may_carry_context(headers):
@@ -106,8 +106,8 @@ def with_start(headers: Any, context: Context, now: int) -> Any:
     """Headers that keep their creation context, with the start of their pipeline.
 
     Args:
-        headers: What the application gave to `send`.
-        context: The context that `context_to_send` has made.
+        headers: The headers that the application passed to `send`.
+        context: The context that `context_to_send` returned.
         now: Nanoseconds since the epoch.
     """
     carried, _ = extract(headers)
@@ -118,7 +118,7 @@ def with_start(headers: Any, context: Context, now: int) -> Any:
 
 
 class Sources:
-    """The topics that pipelines are known to start with, as an attribute has them."""
+    """The first topics of the known pipelines, as values of an attribute."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
@@ -133,29 +133,29 @@ class Sources:
 
 
 class Arrival(NamedTuple):
-    """A message whose way is measured once its processing ends."""
+    """A message whose time in the pipeline is measured when its processing ends."""
 
     histogram: Histogram
     began: int
     attributes: Attributes
 
     def measure(self, ended: int, context: Context | None) -> None:
-        """Measure its way.
+        """Measure its time in the pipeline.
 
         Args:
             ended: When its processing ended, in nanoseconds since the epoch.
-            context: The context that has the span for the exemplar.
+            context: The context with the span for the exemplar.
         """
         seconds = max(0, ended - self.began) / 1e9
         self.histogram.record(seconds, self.attributes, context)
 
 
 class Destination:
-    """Where pipelines are measured: a topic, as a group takes its records.
+    """A topic and a group, at which the times of pipelines are measured.
 
     Args:
-        histogram: What measures it; None if nobody collects it.
-        attributes: Those of the counted records.
+        histogram: The histogram; None if nobody collects it.
+        attributes: The attributes of the counted records.
         sources: The known topics of first sends.
     """
 
@@ -169,7 +169,7 @@ class Destination:
         self._sources = sources
 
     def arrival(self, start: Start | None) -> Arrival | None:
-        """What measures a message of a pipeline, if anything does."""
+        """The arrival of a message of a pipeline, if it is measured."""
         if start is None or self._histogram is None:
             return None
         attributes = pipeline_attributes(
@@ -179,13 +179,12 @@ class Destination:
 
 
 def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) -> None:
-    """Measure the way of messages whose processing has ended.
+    """Measure the time in the pipeline of messages whose processing has ended.
 
     Args:
         arrivals: The messages.
         ended: When it ended, in nanoseconds since the epoch.
-        context: The context that has the span for the exemplar; the current one if
-            None.
+        context: The context with the span for the exemplar; the current one if None.
     """
     try:
         for arrival in arrivals:
@@ -194,24 +193,24 @@ def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) 
         report("record a metric")
 
 
-# The records that were handed over and that nothing has processed, by their identity:
-# each has the arrivals of those that were handed over together.
+# The records that were handed over and not processed, by their identity. Each has the
+# arrivals of all records that were handed over together.
 _unprocessed: dict[int, dict[int, Arrival]] = {}
 
 
 def take(record: object) -> None:
-    """Note that a record is processed: its hand-over is not the end of its way."""
+    """Note that a record is processed: its hand-over does not end its pipeline."""
     arrivals = _unprocessed.pop(id(record), None)
     if arrivals is not None:
         arrivals.pop(id(record), None)
 
 
 class Received(_endings.Endable):
-    """Records that the application was given together.
+    """Records that were handed to the application together.
 
-    The consumer keeps it until it is asked for more, and so does the list that may be
-    looped over. Records that nothing has processed by then have arrived when they were
-    handed over.
+    The consumer keeps this object until it is asked for more records, and so does the
+    list that may be looped over. Records that are not processed by then arrived when
+    they were handed over.
 
     Args:
         arrivals: The arrivals of the records, by the identity of each.
@@ -231,7 +230,7 @@ class Received(_endings.Endable):
         _unprocessed.update(dict.fromkeys(self._arrivals, self._arrivals))
 
     def abandon(self, ended: int) -> None:  # noqa: ARG002 (as overridden)
-        """Measure those that nothing has processed."""
+        """Measure the records that were not processed."""
         if self.process is not _endings.process:
             return
         self._forget()
@@ -246,7 +245,7 @@ class Received(_endings.Endable):
                 del _unprocessed[identity]
 
     def __del__(self) -> None:
-        # Nothing of it was measured where an interrupt has left it half made.
+        # An interrupt may have left it half made.
         if getattr(self, "_arrivals", None):
             self._forget()
             _endings.defer(self)

@@ -57,14 +57,14 @@ Kwargs = dict[str, Any]
 
 
 class Delivery(PendingOperation):
-    """A message on its way to the broker; it is the callback of its future.
+    """A message on its way to the broker, as the callback of its future.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
         client: The producer.
-        key: The message's key, if its span is yet to have it.
+        key: The message's key, if its span does not have it yet.
     """
 
     __slots__ = ("_batch", "_client", "_key", "_partition", "_size")
@@ -85,10 +85,10 @@ class Delivery(PendingOperation):
         super().__init__(template, span, started)
 
     def follow(self, future: Any, config: Config) -> None:
-        """Wait for the outcome; it may be there already.
+        """Wait for the outcome, which may be there already.
 
         Args:
-            future: What the call has returned.
+            future: The future that `send` returned.
             config: The settings.
         """
         try:
@@ -102,14 +102,14 @@ class Delivery(PendingOperation):
             else:
                 self._end_failed(error, time.monotonic_ns(), was_refused=True)
         except Exception:
-            # A layer below ours may return something else than a future.
+            # A layer below ours may return something other than a future.
             report("follow the delivery of a message")
             self.end(self._known_attributes(), messages=1)
 
     def _end_succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
         known = self._answer_attributes(partition)
-        # Where nothing answers, kafka-python 3 makes offsets up.
+        # If brokers do not answer, kafka-python 3 invents offsets.
         offset = metadata.offset if self._client.is_answered else None
         attributes = add_message({**known}, offset, self._key, self._size)
         self.end(attributes, ended=ended, partition=partition, messages=1)
@@ -143,9 +143,9 @@ class Delivery(PendingOperation):
         return {**self.template.end_attributes, **partition_attributes(partition)}
 
     def _answer_attributes(self, partition: int) -> Attributes:
-        """The attributes of all messages that a partition's leader has answered."""
+        """The attributes of all messages that a partition's leader answered."""
         client, template = self._client, self.template
-        client.refresh()  # the leader may have changed on the way
+        client.refresh()  # the leader may have changed meanwhile
         key = template.topic, partition, template.knows_cluster
         known = client.answer_attributes.get(key)
         if known is None:
@@ -153,11 +153,11 @@ class Delivery(PendingOperation):
         return known
 
     def _leader_attributes(self, partition: int) -> Attributes:
-        """The attributes that the metadata has for what a leader has answered."""
+        """The attributes of answered messages, with the metadata that is known now."""
         known = self._partition_attributes(partition)
         client, topic = self._client, self.template.topic
         try:
-            # The cluster may not have been known when it was sent.
+            # The cluster may have been unknown when the message was sent.
             if not self.template.knows_cluster:
                 known.update(client_attributes(None, client.cluster_id))
             if topic is not None and client.is_answered:
@@ -167,7 +167,7 @@ class Delivery(PendingOperation):
         return known
 
     def abandon(self, ended: int) -> None:
-        """End it without knowing whether the message has arrived."""
+        """End it without knowing whether the message arrived."""
         if self.claim():
             self.fail(None)
             self.end_claimed(
@@ -179,7 +179,7 @@ class Delivery(PendingOperation):
 
 
 class _InContext:
-    """A callback of the application's, and the context that it was added in."""
+    """A callback of the application, with the context in which it was added."""
 
     __slots__ = ("_callback", "_context")
 
@@ -188,7 +188,7 @@ class _InContext:
         self._context: Context | None = context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Up to 2.0 the future keeps it, and the application may keep the future.
+        # Up to 2.0, the future keeps this object. The application may keep the future.
         context, self._context = self._context, None
         token = _enter(context)
         try:
@@ -198,7 +198,7 @@ class _InContext:
 
 
 def _enter(context: Context | None) -> Token[Context] | None:
-    """Make a context current, if there is one, while code of the application's runs."""
+    """Make a context current, if there is one, while application code runs."""
     try:
         return None if context is None else attach(context)
     except Exception:
@@ -219,7 +219,7 @@ class ProducerWrappers:
     """The wrappers of KafkaProducer's methods.
 
     Args:
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -260,10 +260,9 @@ class ProducerWrappers:
         args: Args,
         kwargs: Kwargs,
     ) -> Any:
-        """Wrap the future's `add_callback` and `add_errback`; `add_both` calls these.
+        """Wrap the future's `add_callback` and `add_errback`; `add_both` calls both.
 
-        What the application adds runs with the context that is current now, on
-        whichever thread.
+        On any thread, the callback runs with the context that is current now.
         """
         if self._telemetry.active:
             try:
@@ -282,14 +281,14 @@ class ProducerWrappers:
         """Begin the operation of a call.
 
         Returns:
-            The operation, if its end tells anything; the context for what the call
-            runs of the application's, if it runs anything; and the call's arguments.
+            The operation, if its end matters; the context for application code that
+            the call runs, if it runs any; and the arguments of the call.
         """
         telemetry = self._telemetry
         config, hook = telemetry.config, telemetry.config.produce_hook
         context = get_current()
         context = context_of_thread(context) if THREADS_INHERIT else context
-        # What makes no sense, and a topic that is missing, kafka-python complains of.
+        # kafka-python itself raises an error for invalid arguments and a missing topic.
         try:
             topic, key, headers, partition = _kafka.send_arguments(*args, **kwargs)
         except TypeError:
@@ -315,14 +314,14 @@ class ProducerWrappers:
                 context,
                 () if kept is None else (Link(kept),),
             )
-        # An end that nobody would know of needs no callback.
+        # If nobody observes the end, no callback is needed.
         if (span is not INVALID_SPAN and is_recorded(span)) or template.observes_end:
             end_key = key if hook is None else None
             delivery = Delivery(template, span, started, client, end_key)
         if hook is not None and span is not None:
             self._call_hook(hook, span, delivery, args, kwargs)
             headers = _kafka.send_headers(args, kwargs)
-        # Without an SDK there is mostly nothing to inject: saves 2 µs.
+        # Without an SDK, there is usually nothing to inject. This saves 2 µs.
         span = None if span is INVALID_SPAN else span
         sent = context
         if template.starts_pipeline:
@@ -345,7 +344,7 @@ class ProducerWrappers:
     ) -> None:
         try:
             call_hook("produce_hook", hook, span, args, kwargs)
-        except BaseException as error:  # the user's, who wants to end it all
+        except BaseException as error:  # an interrupt ends the application
             if delivery is not None:
                 delivery.end_with(error)
             raise
@@ -353,9 +352,10 @@ class ProducerWrappers:
     def _attributes(
         self, template: OperationTemplate, key: object, headers: Any
     ) -> Mapping[str, Any]:
-        """What the span has at its creation.
+        """The attributes of the span at its creation.
 
-        Samplers may decide by it, and a hook may replace it: then that is to stay.
+        Samplers may use them. With a hook they include the key, so that a value that
+        the hook sets is not replaced later.
         """
         config = self._telemetry.config
         if not (config.capture_headers or config.produce_hook):
@@ -368,11 +368,11 @@ class ProducerWrappers:
         return attributes
 
     def _kept_context(self, headers: Any, context: Context) -> SpanContext | None:
-        """The creation context that the application has put on the message.
+        """The creation context that the application put on the message on purpose.
 
-        That of a record that is being processed, or of the current span, was not
-        put there on purpose: the record is forwarded, or the context was injected
-        by a habit from before there was an instrumentation.
+        The context of a record that is being processed, or of the current span, does
+        not count: the record is being forwarded, or the application still injects
+        contexts itself, as it did before it was instrumented.
         """
         try:
             if not may_carry_context(headers):
@@ -400,8 +400,8 @@ def _in_pipeline(
 ) -> tuple[Context, Args, Kwargs]:
     """The context to inject, with the start of the message's pipeline.
 
-    Where the message keeps its own creation context, nothing is injected: the start
-    stands in the returned arguments of `send` then.
+    If the message keeps its own creation context, nothing is injected. The returned
+    arguments of `send` then have the start in their headers.
     """
     now = started[0]
     try:
@@ -420,7 +420,7 @@ def _in_pipeline(
 def _with_context(
     args: Args, kwargs: Kwargs, headers: Any, context: Context, span: Span | None
 ) -> tuple[Args, Kwargs]:
-    """The arguments of `send` with a context in the headers, wherever these were."""
+    """The arguments of `send` with a context in the headers."""
     try:
         injected = inject(headers, context, span)
     except Exception:

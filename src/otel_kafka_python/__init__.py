@@ -9,30 +9,30 @@ or, without a change to the application, `opentelemetry-instrument python app.py
 The modules, from the outside in; each imports only from those below it:
 
     _instrumentor      the instrumentor: keywords in, everything built, launcher hooks
-    _patches           the table of what is patched; the only import of wrapt
-    _coexistence       what happens beside the contrib package
+    _patches           the table of patched methods; the only import of wrapt
+    _coexistence       takes over from the contrib package
     _producer          the send wrapper: from the call to the acknowledgement
     _consumer          poll, next and iteration: receive spans
     _commits           commits of offsets
     _transactions      offsets sent to a transaction, ends of transactions
     _processing        process spans: their scope, their parent, their end
-    _telemetry         what all wrappers share: settings, tracer, instruments
+    _telemetry         the state of all wrappers: settings, tracer, instruments
     _operation         an operation, and the one way it ends
-    _span_ends         where spans end that must hold nothing up
-    _messages          what a span says of the messages that it accounts for
-    _pipeline          how long messages take from the first send of their pipeline on
+    _span_ends         ends spans without delaying the broker's other answers
+    _messages          the attributes and links that describe a span's messages
+    _pipeline          the time that messages take from their pipeline's first send
     _endings           ends that nobody calls for: collector, fork, exit
     _propagation       headers in, headers out
     _metrics           the instruments, and whether anyone collects
     _client_metrics    the clients' own metrics, observed when they are collected
-    _exception_events  where the exceptions that operations fail with are recorded
+    _exception_events  where the exceptions of failed operations are recorded
     _attributes        pure functions from facts to attributes and span names
-    _clients           the registry of living clients, and what is kept for each
+    _clients           the registry of live clients, and the known facts about each
     _kafka             kafka-python's insides and version differences; no state
     _config            the settings; the only reader of variables and files
     _semconv           the names, and the release of the conventions they are from
     _safety            how failures of telemetry are kept from the application
-    package            what OpenTelemetry's tooling reads
+    package            the facts that OpenTelemetry's tooling reads
 
 An operation (a send, a poll, a commit, the processing of a record) goes through these
 states:

@@ -1,4 +1,4 @@
-"""Other Python clients on the other side, and an application of OpenTracing's.
+"""Other Python clients on the other side, HTTP in between, and OpenTracing.
 
 The clients are instrumented by OpenTelemetry's own packages, whose spans tell where a
 message has come from in ways of their own.
@@ -7,20 +7,31 @@ message has come from in ways of their own.
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import Token
 from typing import Any
 
 import aiokafka
 import confluent_kafka
 import pytest
-from opentelemetry import baggage, context
+import uvicorn
+from fastapi import FastAPI
+from opentelemetry import baggage, context, propagate
+from opentelemetry.context import Context
 from opentelemetry.instrumentation.aiokafka import AIOKafkaInstrumentor
 from opentelemetry.instrumentation.confluent_kafka import ConfluentKafkaInstrumentor
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.instrumentation.urllib import URLLibInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.shim.opentracing_shim import create_tracer
 from opentelemetry.trace import SpanContext, SpanKind
 
 from clients import DEADLINE, Clients, poll
+from conftest import Instrument
 from recorder import Recorder
 
 Headers = list[tuple[str, bytes]]
@@ -183,3 +194,91 @@ def test_an_application_of_opentracing_is_in_the_trace_of_its_messages(
     assert ids(*(span.parent for span in chain)) == ids(
         None, *(span.context for span in chain[:-1])
     )
+
+
+LATENCY = "kafka.pipeline.latency"
+
+
+def attached(headers: Headers) -> Token[Context]:
+    """Make the context of a message current, as a service of a peer's has to itself."""
+    carrier = {name: value.decode() for name, value in headers}
+    return context.attach(propagate.extract(carrier, Context()))
+
+
+@pytest.mark.parametrize("forwards", [True, False], ids=["forwarded", "attached"])
+def test_the_start_of_a_pipeline_goes_through_a_peer(
+    peer: Confluent | Aiokafka,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    forwards: bool,
+) -> None:
+    instrument(pipeline_latency=True)
+    clients.send(b"value")
+    headers = peer.receive(topic)
+    if forwards:
+        peer.send(f"{topic}-next", headers)
+    else:
+        token = attached(headers)
+        try:
+            peer.send(f"{topic}-next", [])
+        finally:
+            context.detach(token)
+    for _ in clients.consumer(f"{topic}-next"):
+        break
+    (point,) = recorder.points(LATENCY)
+    assert point.count == 1
+    assert point.attributes == {
+        "kafka.pipeline.source": topic,
+        "messaging.destination.name": f"{topic}-next",
+    }
+
+
+@contextmanager
+def served(application: FastAPI) -> Iterator[str]:
+    """Serve an application; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_the_start_of_a_pipeline_goes_through_http(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    producer = clients.producer()
+    application = FastAPI()
+
+    @application.post("/orders")
+    def order() -> None:
+        producer.send(f"{topic}-next", b"value").get(DEADLINE)
+
+    FastAPIInstrumentor.instrument_app(
+        application, tracer_provider=recorder.tracer_provider
+    )
+    urllib_instrumentor = URLLibInstrumentor()
+    urllib_instrumentor.instrument(tracer_provider=recorder.tracer_provider)
+    try:
+        clients.send(b"value")
+        with served(application) as url:
+            for _ in clients.consumer():
+                urllib.request.urlopen(f"{url}/orders", b"", DEADLINE).close()
+                break
+    finally:
+        urllib_instrumentor.uninstrument()
+    for _ in clients.consumer(f"{topic}-next"):
+        break
+    points = recorder.points(LATENCY, messaging_destination_name=f"{topic}-next")
+    assert [point.attributes["kafka.pipeline.source"] for point in points] == [topic]
+    send = recorder.one(f"send {topic}-next")
+    first = recorder.one(f"send {topic}")
+    assert send.context is not None
+    assert first.context is not None
+    assert send.context.trace_id == first.context.trace_id

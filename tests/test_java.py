@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanContext
 
 from apache_broker import ApacheBroker, cache, libraries
 from clients import Clients
+from conftest import Instrument
 from recorder import Recorder
 
 pytestmark = pytest.mark.one_client
@@ -89,19 +90,27 @@ def ids_of(thing: Any) -> tuple[bytes, bytes]:
 
 def test_a_message_goes_to_java_and_comes_from_java_in_one_trace(
     classes: str,
-    instrumented: None,
+    instrument: Instrument,
     clients: Clients,
     recorder: Recorder,
     topic: str,
 ) -> None:
+    instrument(pipeline_latency=True)
     target = f"{topic}-next"
     clients.send(b"value", headers=[("kept", b"header")])
     theirs = relay(classes, clients.address, topic, target)
     for record in clients.consumer(target):
         assert record.value == b"value"
         # It is forwarded with its headers, of which the context gives way to another.
-        assert sorted(name for name, _ in record.headers) == ["kept", "traceparent"]
+        names = ["baggage", "kept", "traceparent"]
+        assert sorted(name for name, _ in record.headers) == names
         break
+    # Java hands on when its pipeline began, and where.
+    (point,) = recorder.points("kafka.pipeline.latency")
+    assert point.attributes == {
+        "kafka.pipeline.source": topic,
+        "messaging.destination.name": target,
+    }
 
     # Both call the same by the same names.
     names = [f"poll {topic}", f"process {topic}", f"send {target}"]

@@ -505,3 +505,27 @@ def test_an_eager_task_sends_in_the_span_of_the_body_that_makes_it(
     sent = recorder.one(f"send {topic}-next")
     body = recorder.one(f"process {topic}")
     assert sent.parent == body.context
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="concurrent.interpreters is new")
+def test_limit_a_subinterpreter_is_instrumented_but_can_have_no_producer() -> None:
+    done = run(
+        """
+        from concurrent import interpreters
+        interpreter = interpreters.create()
+        interpreter.exec('''if True:
+            from otel_kafka_python import KafkaPythonInstrumentor
+            KafkaPythonInstrumentor().instrument()
+            from kafka import KafkaProducer
+            try:
+                KafkaProducer(bootstrap_servers="localhost:1", api_version=(2, 6))
+            except RuntimeError as error:
+                print(error)
+        ''')
+        interpreter.close()
+        """
+    )
+    assert (done.stdout, done.stderr) == (
+        "daemon threads are disabled in this interpreter\n",
+        "",
+    )

@@ -602,6 +602,54 @@ def test_limit_a_loop_in_an_async_generator_holds_its_scope_until_it_goes_on(
     assert recorder.open() == []
 
 
+def test_a_loop_in_an_async_generator_that_is_closed_leaves_nothing_current(
+    produced: Clients, instrumented: None, recorder: Recorder
+) -> None:
+    async def generate() -> Any:
+        for record in produced.consumer():
+            yield record
+
+    async def consume() -> None:
+        async with contextlib.aclosing(generate()) as records:
+            async for _ in records:
+                assert trace.get_current_span().is_recording()
+                break
+        assert trace.get_current_span() is trace.INVALID_SPAN
+
+    asyncio.run(consume())
+    assert recorder.open() == []
+
+
+def test_limit_an_async_generator_that_is_dropped_is_closed_in_another_task(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    """Its span ends there, and stays current in the first task until its next loop."""
+
+    async def generate() -> Any:
+        for record in produced.consumer():
+            yield record
+
+    async def consume() -> None:
+        loop = asyncio.get_running_loop()
+        async for _ in generate():
+            break
+        span = trace.get_current_span()
+        for _ in range(3):  # asyncio asks for the close, which is a task, which runs
+            turn = loop.create_future()
+            loop.call_soon(turn.set_result, None)
+            await turn
+        assert recorder.open() == []
+        assert trace.get_current_span() is span
+        for _ in produced.consumer():
+            assert trace.get_current_span() is not span
+            break
+        assert trace.get_current_span() is trace.INVALID_SPAN
+
+    asyncio.run(consume())
+    first, second = recorder.named(f"process {topic}")
+    assert first.parent == second.parent
+
+
 def test_limit_a_loop_that_moves_to_another_task_leaves_the_first_as_it_is(
     produced: Clients, instrumented: None, recorder: Recorder
 ) -> None:

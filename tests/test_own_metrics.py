@@ -212,15 +212,15 @@ def by_next(consumer: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("hand_over", [by_poll, by_next, iter])
-@pytest.mark.parametrize("metrics", [True, False])
+@pytest.mark.parametrize("more", [{}, {"metrics": False}, {"pipeline_latency": True}])
 def test_the_time_lag_is_the_age_of_the_last_record_until_more_is_asked_for(
     instrument: Instrument,
     clients: Clients,
     recorder: Recorder,
     hand_over: Callable[[Any], Iterator[Any]],
-    metrics: bool,
+    more: dict[str, bool],
 ) -> None:
-    instrument(client_metrics=True, metrics=metrics)
+    instrument(client_metrics=True, **more)
     written = send_aged(clients, 300, 200, 100)
     seen = []
     # It is slowed down on purpose: nothing more is asked for before it is observed.

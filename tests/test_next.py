@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.instrumentation.utils import (
     is_instrumentation_enabled,
     suppress_instrumentation,
@@ -16,7 +16,7 @@ from opentelemetry.instrumentation.utils import (
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
-from clients import DEADLINE, IS_NG, Clients
+from clients import DEADLINE, IS_NG, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
@@ -234,11 +234,90 @@ def test_what_a_block_over_several_records_restores_is_undone(
     assert parents([third]) == ids([recorder.named(f"send {topic}")[2]])
 
 
+@pytest.mark.parametrize("how", ["next", "loop", "poll", "iterator"])
+def test_a_held_span_is_left_when_another_consumer_is_asked_for_more(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str, how: str
+) -> None:
+    other = clients.consumer()
+    with recorder.tracer.start_as_current_span("around") as around:
+        next(consumer)
+        if how == "next":
+            next(other)
+        elif how == "loop":
+            for _ in other:
+                break
+        elif how == "poll":
+            poll(other)
+        else:
+            next(iter(other))
+        if how != "next":
+            assert trace.get_current_span() is around
+        other.close()
+        assert trace.get_current_span() is around
+        consumer.close()
+        assert trace.get_current_span() is around
+    assert current() is None
+    expected = ids([recorder.one("around")])
+    spans = recorder.named(f"process {topic}")
+    assert len(spans) == 1 + (how in {"next", "loop"})
+    for span in [*spans, *recorder.named(f"poll {topic}")]:
+        assert parents([span]) == expected
+    assert recorder.open() == []
+
+
+@pytest.mark.parametrize("covered", [False, True])
+def test_a_held_span_is_no_parent_of_another_records_span(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str, covered: bool
+) -> None:
+    records = poll_records(clients.consumer(), 3)
+    first = next(consumer)
+    held = trace.get_current_span()
+    token = context.attach(context.set_value("tenant", "7")) if covered else None
+    with process_span(records[1]):
+        assert context.get_value("tenant") == ("7" if covered else None)
+    assert trace.get_current_span() is held
+    with process_span([records[2]]):
+        pass
+    with process_span(first) as adopted:
+        assert adopted is held
+    if token is not None:
+        context.detach(token)
+    consumer.close()
+    sent = recorder.named(f"send {topic}")
+    one, two, batch = recorder.named(f"process {topic}")
+    assert parents([one, two, batch]) == [*ids(sent[:2]), None]
+
+
+def test_process_span_adopts_the_span_of_a_record_though_another_is_held(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = clients.consumer()
+    first, second = next(consumer), next(other)
+    outer = trace.get_current_span()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="wrong"), process_span(first) as span:
+            assert trace.get_current_span() is span
+            assert span is not outer
+            with process_span(first) as again:
+                assert again is span
+            raise ValueError("wrong")
+        assert trace.get_current_span() is outer
+    with process_span(second) as span:
+        assert span is outer
+    consumer.close()
+    other.close()
+    assert current() is None
+    assert recorder.open() == []
+    of_first, of_second = recorder.named(f"process {topic}")
+    assert len(of_first.events) == 2
+    assert of_second.events == ()
+
+
 ENQUEUE = """
     import sys
     from kafka import KafkaProducer
     from kq import Queue
-    from opentelemetry import trace
+    from opentelemetry import context, trace
     import jobs
     address, topic, _ = sys.argv[1:]
     queue = Queue(topic, KafkaProducer(bootstrap_servers=address))
@@ -251,7 +330,7 @@ WORK = """
     import sys
     from kafka import KafkaConsumer
     from kq import Worker
-    from opentelemetry import trace
+    from opentelemetry import context, trace
     address, topic, how = sys.argv[1:]
     consumer = KafkaConsumer(
         bootstrap_servers=address, group_id=topic, auto_offset_reset="earliest",
@@ -273,7 +352,7 @@ WORK = """
     consumer.close()
 """
 JOBS = """
-from opentelemetry import trace
+from opentelemetry import context, trace
 
 def ship(number):
     with trace.get_tracer("shop").start_as_current_span(f"ship {number}"):

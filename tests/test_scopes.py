@@ -1012,15 +1012,18 @@ def test_blocks_that_the_body_enters_are_left_after_the_loop(
 def test_a_task_that_began_in_a_body_keeps_its_span(
     produced: Clients, instrumented: None, recorder: Recorder, topic: str
 ) -> None:
-    async def work() -> None:
+    async def work(record: Any, span: trace.Span) -> None:
         await left.wait()
         baggage.set_baggage("copies", "what is current")
+        with process_span(record):
+            assert trace.get_current_span() is not span
+        assert trace.get_current_span() is span
         with recorder.tracer.start_as_current_span("work"):
             pass
 
     async def consume() -> None:
-        for _ in produced.finite(1):
-            task = asyncio.create_task(work())
+        for record in produced.finite(1):
+            task = asyncio.create_task(work(record, trace.get_current_span()))
             await asyncio.sleep(0)
             token = context.attach(context.set_value("tenant", "7"))
         context.detach(token)
@@ -1030,7 +1033,9 @@ def test_a_task_that_began_in_a_body_keeps_its_span(
 
     left = asyncio.Event()
     asyncio.run(consume())
-    process = recorder.one(f"process {topic}")
+    process, again = recorder.named(f"process {topic}")
+    assert again.parent is not None
+    assert again.parent == process.parent
     assert recorder.one("work").parent == process.context
 
 

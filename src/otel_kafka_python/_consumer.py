@@ -59,7 +59,7 @@ class ConsumerWrappers:
 
     def poll(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.poll` ("Receive" spans)."""
-        self._close_last(instance)
+        self._ask(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
@@ -86,7 +86,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__next__` when it is called directly."""
-        self._close_last(instance)
+        self._ask(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
@@ -114,7 +114,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__iter__`."""
-        self._close_last(instance)
+        self._ask(instance)
         plain = wrapped(*args, **kwargs)
         if not self.telemetry.active:
             return plain
@@ -126,12 +126,19 @@ class ConsumerWrappers:
 
     def close(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.close`."""
-        self._close_last(instance)
+        if self.waits:
+            self.close_last(self.telemetry.clients.get(instance))
         return wrapped(*args, **kwargs)
 
-    def _close_last(self, consumer: Any) -> None:
+    def _ask(self, consumer: Any) -> None:
         if self.waits:
-            self.close_last(self.telemetry.clients.get(consumer))
+            self.ask(self.telemetry.clients.get(consumer))
+
+    def ask(self, client: TracedClient) -> None:
+        """Close what lasts until a consumer is asked for more; leave the others'."""
+        self.close_last(client)
+        if self.holds:
+            self.held.displace()
 
     def close_last(self, client: TracedClient) -> None:
         """Close what waits for the end of the last record's processing."""
@@ -324,7 +331,8 @@ class ConsumerIterator(ScopedIterator):
 
     def _advance(self) -> Record:
         client = self._client
-        self._wrappers.close_last(client)
+        if self._wrappers.waits:
+            self._wrappers.ask(client)
         self._started = time.time_ns(), time.monotonic_ns()
         client.asked += 1
         around, client.step = client.step, Step.ITERATION

@@ -21,7 +21,7 @@ from otel_kafka_python._processing.loops import (
     is_loop,
     references_to_stops,
 )
-from otel_kafka_python._processing.scopes import Scope, undo_left
+from otel_kafka_python._processing.scopes import Scope, displace_held, undo_left
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Telemetry, TracedClient
@@ -256,6 +256,13 @@ class HeldScopes:
         try:
             # One that was closed elsewhere can be undone here.
             undo_left()
+        except Exception:
+            report("restore the context after a process span")
+
+    def displace(self) -> None:
+        """Leave the scopes of this context: another record is asked for."""
+        try:
+            displace_held()
         except Exception:
             report("restore the context after a process span")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from types import FrameType, TracebackType
@@ -16,8 +16,12 @@ from otel_kafka_python import _config
 from otel_kafka_python._messages import Record
 from otel_kafka_python._operation import PROCESS
 from otel_kafka_python._processing.iterators import Records
-from otel_kafka_python._processing.scopes import Scope, scope_of
-from otel_kafka_python._processing.spans import open_batch_scope, open_scope
+from otel_kafka_python._processing.scopes import Scope, displaced_scope_of, scope_of
+from otel_kafka_python._processing.spans import (
+    enter_again,
+    open_batch_scope,
+    open_scope,
+)
 from otel_kafka_python._safety import is_new, logger, raise_signalled, report
 from otel_kafka_python._telemetry import Telemetry
 
@@ -62,17 +66,20 @@ def process_span(
     return _ProcessSpan(records, consumer)
 
 
+_Entry = tuple[Scope | None, Callable[[], None] | None]
+
+
 class _ProcessSpan(AbstractContextManager[Span]):
     """The context manager that `process_span` returns."""
 
     def __init__(self, records: Any, consumer: Any) -> None:
         self._given = records
         self._consumer = consumer
-        # For each entry that has not been left: its scope, and whether it made that.
-        self._entries: list[tuple[Scope | None, bool]] = []
+        # Of each entry that has not been left: its scope, and how that is left.
+        self._entries: list[_Entry] = []
 
     def __enter__(self) -> Span:
-        entry: tuple[Scope | None, bool] = None, False
+        entry: _Entry = None, None
         try:
             entry = self._open()
         except Exception:
@@ -81,18 +88,22 @@ class _ProcessSpan(AbstractContextManager[Span]):
         scope, _ = entry
         return INVALID_SPAN if scope is None or scope.span is None else scope.span
 
-    def _open(self) -> tuple[Scope | None, bool]:
+    def _open(self) -> _Entry:
         telemetry = _instrumented or _global_telemetry()
         current = otel_context.get_current()
         if not telemetry.may_begin(current):
-            return None, False
+            return None, None
         given = self._given
         batch = not hasattr(given, "offset")
         if not batch:
             adopted = scope_of(given)
             if adopted is not None and adopted.renew_marker():
                 adopted.begin_attempt()
-                return adopted, False
+                return adopted, None
+            displaced = displaced_scope_of(given)
+            if displaced is not None:
+                enter_again(displaced, given, current)
+                return displaced, displaced.leave
         clients = telemetry.clients
         client = (
             clients.unknown() if self._consumer is None else clients.get(self._consumer)
@@ -103,12 +114,12 @@ class _ProcessSpan(AbstractContextManager[Span]):
             if telemetry.template(client, PROCESS, record.topic, record.partition)
         ]
         if not records:
-            return None, False
+            return None, None
         if batch:
-            return open_batch_scope(telemetry, client, records, current), True
+            return _closed(open_batch_scope(telemetry, client, records, current))
         if telemetry.config.consume_hook is not None:
             _pass_receipt(telemetry, records[0])
-        return open_scope(telemetry, client, records[0], current), True
+        return _closed(open_scope(telemetry, client, records[0], current))
 
     def __exit__(
         self,
@@ -116,7 +127,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope, is_own = self._entries.pop()
+        scope, leave = self._entries.pop()
         if scope is None:
             return
         try:
@@ -125,8 +136,12 @@ class _ProcessSpan(AbstractContextManager[Span]):
             if isinstance(error, Exception):
                 scope.fail_with(error)
         finally:  # also after an interrupt
-            if is_own:
-                scope.close()
+            if leave is not None:
+                leave()
+
+
+def _closed(scope: Scope | None) -> _Entry:
+    return scope, None if scope is None else scope.close
 
 
 def _pass_receipt(telemetry: Telemetry, record: Record) -> None:

@@ -45,6 +45,12 @@ THREADS_INHERIT = bool(getattr(sys.flags, "thread_inherit_context", False))
 innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
 
 
+# The scopes that `next` held in this context until another consumer was asked for more.
+# Their records may be processed yet.
+_displaced: ContextVar[tuple[Scope, ...]] = ContextVar(
+    "otel_kafka_python_displaced", default=()
+)
+
 # What `reset` raises of a token of another context, and of one that is used up.
 _REFUSALS = (ValueError, RuntimeError)
 
@@ -222,28 +228,31 @@ class Scope(Operation):
         self._marker = None
         if self._around is not None:
             try:
-                restored = self._around
-                try:
-                    restored = self._upon(restored, [*later, self])
-                finally:
-                    self._make_current(restored)
+                self._restore(self._around, [*later, self])
             except Exception:
                 report("restore the context after a process span")
         return True
 
-    def _upon(self, around: Context, scopes: Sequence[Scope]) -> Context:
-        """What is to be current after scopes: that around them, and what is to stay."""
-        is_covered = True
+    def _restore(self, around: Context, scopes: Sequence[Scope]) -> None:
+        """Make current what is to be after scopes."""
+        restored, replaced, is_covered = around, None, True
         try:
-            current = otel_context.get_current()
-            is_covered = current is not around and all(
-                current is not each._attached for each in scopes
-            )
-            return self._without(scopes, current, around) if is_covered else around
+            replaced = otel_context.get_current()
+            is_covered = replaced is not around
+            for each in scopes:
+                is_covered = is_covered and replaced is not each._attached
+            if is_covered:
+                restored = self._without(scopes, replaced, around)
         finally:  # of a failure, too
             if is_covered:
                 for each in scopes:
                     each._stand_for(around)
+            try:
+                if restored is around and self._token is not None:
+                    otel_context.detach(self._token)
+            finally:  # OpenTelemetry logs a failure, and goes on
+                if otel_context.get_current() is replaced is not restored:
+                    otel_context.attach(restored)
 
     def _without(
         self, scopes: Sequence[Scope], current: Context, around: Context
@@ -274,14 +283,6 @@ class Scope(Operation):
             attached.__class__ = _LeftContext
             dict.clear(attached)
             dict.update(attached, around)
-
-    def _make_current(self, restored: Context) -> None:
-        try:
-            if restored is self._around and self._token is not None:
-                otel_context.detach(self._token)
-        finally:  # OpenTelemetry logs a failure, and goes on
-            if otel_context.get_current() is not restored:
-                otel_context.attach(restored)
 
     def close(self) -> None:
         """Leave the scope and end its operation."""
@@ -359,6 +360,38 @@ def undo_left() -> Scope | None:
     while scope is not None and not scope._entered and scope.undo():
         scope = innermost.get(None)
     return scope
+
+
+def displace_held() -> None:
+    """Leave the scopes that `next` holds in this context: more is asked for."""
+    scope = innermost.get(None)
+    while scope is not None and not scope.is_bounded and scope.renew_marker():
+        scope.leave()
+        lasting = [each for each in _displaced.get() if not each.ended]
+        _displaced.set((*lasting, scope))
+        scope = innermost.get(None)
+
+
+def displaced_scope_of(record: Record) -> Scope | None:
+    """The scope that accounts for a record and was displaced in this context."""
+    found = (each for each in _displaced.get() if not each.ended and each.holds(record))
+    return next(found, None)
+
+
+def context_around_held(context: Context) -> Context:
+    """The current context, without the span of another record that `next` holds.
+
+    Args:
+        context: The current context.
+    """
+    scope = innermost.get(None)
+    while scope is not None and not scope.is_bounded and scope._around is not None:
+        if context is scope._attached:
+            context = scope._around
+        else:
+            context = scope._without([scope], context, scope._around)
+        scope = scope._below
+    return context
 
 
 def is_being_processed(created: SpanContext, context: Context) -> bool:

@@ -38,6 +38,7 @@ from otel_kafka_python._processing.scopes import (
     Scope,
     ScopeMessages,
     context_around_ended,
+    context_around_held,
     innermost,
     scope_of,
 )
@@ -259,6 +260,20 @@ def open_batch_scope(
     return scope
 
 
+def enter_again(scope: Scope, record: Record, current: Context) -> None:
+    """Enter the processing of a record whose scope was displaced, until `leave`.
+
+    Args:
+        scope: Its scope.
+        record: The record.
+        current: The current context.
+    """
+    around = _context_around(current)
+    scope.enter(
+        scope.messages, around, Context({**around, **extract(record.headers)[0]})
+    )
+
+
 def open_unless_in_scope(
     telemetry: Telemetry, client: TracedClient, record: Record, current: Context
 ) -> Scope | None:
@@ -293,7 +308,7 @@ def _context_around(current: Context) -> Context:
     """The context around a scope that is about to be entered."""
     if not current and innermost.get(None) is None:
         return current
-    return context_around_ended(current)
+    return context_around_held(context_around_ended(current))
 
 
 def _parent(config: Config, around: Context, context: Context) -> Context:

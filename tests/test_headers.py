@@ -469,6 +469,12 @@ BESIDE: list[list[tuple[str, Any]]] = [
     [("tracestate", b"a=1")],
     [("tracestate", b"")],
     [("baggage", b"customer=7")],
+    [("baggage", b"kafka.pipeline=1700000000000-orders")],
+    [("baggage", b"kafka.pipeline=1700000000000-orders,customer=7")],
+    [("baggage", b"kafka.pipeline=1700000000000-orders;kept=1")],
+    [("baggage", b"kafka.pipeline=1700000000000-two+orders")],
+    [("baggage", b"")],
+    [("baggage", None)],
     [("own", b"\xff")],
     [("traceparent", None)],
     [STALE],
@@ -492,14 +498,24 @@ def test_what_is_read_is_what_the_default_propagators_find(beside: Any) -> None:
         assert created == (in_it if in_it.is_valid else None), headers
 
 
+ENTRIES: list[dict[str, Any]] = [
+    {},
+    {"customer": "7"},
+    {"kafka.pipeline": "1700000000000-orders"},
+    {"kafka.pipeline": "1700000000000-two orders"},
+    {"kafka.pipeline": 1700000000000},
+    {"kafka.pipeline": "1700000000000-orders", "customer": "7"},
+]
+
+
 def test_what_is_written_is_what_the_default_propagators_write() -> None:
     own = [("own", b"1"), ("traceparent", b"2"), ("baggage", b"3")]
-    for trace_id, span_id, flags, state, entry in itertools.product(
+    for trace_id, span_id, flags, state, entries in itertools.product(
         [0, 1, 2**128 - 1],
         [0, 1, 2**64 - 1],
         [0, 1, 3, 255],
         [[], [("a", "1")]],
-        ["", "customer"],
+        ENTRIES,
     ):
         span = trace.NonRecordingSpan(
             trace.SpanContext(
@@ -510,7 +526,9 @@ def test_what_is_written_is_what_the_default_propagators_write() -> None:
                 trace_state=trace.TraceState(state),
             )
         )
-        around = baggage.set_baggage(entry, "7", Context()) if entry else Context()
+        around = Context()
+        for name, value in entries.items():
+            around = baggage.set_baggage(name, value, around)
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span, around))
         written = [(name, value.encode()) for name, value in carrier.items()]

@@ -14,6 +14,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
@@ -471,6 +472,22 @@ def test_the_capture_of_headers_never_shows_it(
     for span in recorder.ended:
         assert "kafka.pipeline" not in str(span.attributes)
         assert "kafka.pipeline" not in str([link.attributes for link in span.links])
+
+
+def test_nor_does_it_if_no_propagator_reads_baggage(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True, capture_headers="*")
+    send_with(clients, began(1))
+    before = propagate.get_global_textmap()
+    propagate.set_global_textmap(TraceContextTextMapPropagator())
+    try:
+        loop(clients)
+    finally:
+        propagate.set_global_textmap(before)
+    (span,) = recorder.named(f"process {topic}")
+    assert "kafka.pipeline" not in str(span.attributes)
+    assert recorder.points(LATENCY) == []
 
 
 def test_a_message_that_keeps_its_context_has_the_start_beside_its_own_baggage(

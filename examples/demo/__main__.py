@@ -25,6 +25,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+
+def stop(*_: object) -> None:
+    """End the demo on Ctrl-C, once: all that was started is then stopped in peace."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("The demo was stopped.", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    # The imports below already take a moment.
+    signal.signal(signal.SIGINT, stop)
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -192,12 +204,6 @@ def draw(telemetry: Telemetry, plan: story.Plan, svg: Path) -> None:
     print(f" The same picture is in {svg}.")
 
 
-def stop_once(*_: object) -> None:
-    """What Ctrl-C does the first time; what has been started then ends in peace."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def url(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(
@@ -233,17 +239,12 @@ def main() -> int:
         help="a backend to send to, too, by OTLP over HTTP: http://localhost:4318",
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, stop_once)
-    try:
-        return demonstrate(
-            story.Plan(arguments.orders),
-            arguments.otlp,
-            arguments.svg,
-            arguments.timeout,
-        )
-    except KeyboardInterrupt:
-        print("The demo was stopped.", file=sys.stderr)
-        return 130
+    return demonstrate(
+        story.Plan(arguments.orders),
+        arguments.otlp,
+        arguments.svg,
+        arguments.timeout,
+    )
 
 
 def demonstrate(

@@ -10,6 +10,7 @@ from typing import Any
 
 import kafka.errors
 import pytest
+import yaml
 from kafka import KafkaConsumer
 from opentelemetry.instrumentation.kafka import KafkaInstrumentor
 from opentelemetry.instrumentation.kafka import package as contrib_package
@@ -384,3 +385,29 @@ def test_what_is_supported_is_declared_and_tested() -> None:
     assert {client for _, client in tested} == clients | {"kafkanewest", "ng"}
     assert "[testenv:pypy]" in environments
     assert re.search(r"\bpypy\b", scripts[1])
+
+
+@pytest.mark.one_client
+def test_the_workflows_test_what_is_said_of_them() -> None:
+    workflows = ROOT / ".github" / "workflows"
+    ci = yaml.safe_load((workflows / "ci.yml").read_text())
+    jobs = {
+        name: job.get("strategy", {}).get("matrix") for name, job in ci["jobs"].items()
+    }
+    interpreters = [each["python"] for each in jobs["pythons"]["include"]]
+    free_threaded = [name[:-1] for name in interpreters if name.endswith("t")]
+    systems = {name.partition("-")[0] for name in jobs["systems"]["os"]}
+    canary = (workflows / "canary.yml").read_text()
+    rows = {what: tested for what, *tested in table("README", "Support")}
+    versions, changes, weekly = rows["CPython"]
+    assert changes == f"each; {' and '.join(free_threaded)} without the GIL"
+    assert {"3.14", "3.15"} <= set(interpreters) & set(versions.split(", "))
+    assert f"pypy{rows['PyPy'][0]}" in interpreters
+    assert rows["system"][:2] == ["Linux, macOS, Windows", "each"]
+    assert systems == {"macos", "windows"}
+    # A cron with a day of the week.
+    assert re.search(r'cron: "\d+ \d+ \* \* \d"', canary)
+    assert "tox -e canary" in canary
+    assert rows["kafka-python"][2] == "the main branch"
+    assert rows["OpenTelemetry"][2] == "the main branches"
+    assert weekly == ""

@@ -41,14 +41,14 @@ class ConsumerWrappers:
     """The wrappers of KafkaConsumer's methods.
 
     Args:
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self.held = HeldScopes()
         self.holds = telemetry.config.processes_next
-        # Whether something of a record lasts until its consumer is asked for more.
+        # Whether a record's telemetry may last until its consumer is asked for more.
         self.waits = (
             self.holds
             or telemetry.config.consume_hook is not None
@@ -141,7 +141,7 @@ class ConsumerWrappers:
             self.held.displace()
 
     def close_last(self, client: TracedClient) -> None:
-        """Close what waits for the end of the last record's processing."""
+        """Close everything that waits for the end of the last record's processing."""
         client.received = []
         if self.holds:
             self.held.close(client)
@@ -164,8 +164,8 @@ class ConsumerWrappers:
     ) -> None:
         """Trace a poll, a `next` or a step of an iteration that raised.
 
-        What is no Exception (a KeyboardInterrupt, a GreenletExit) is a clean stop, and
-        no failure of theirs.
+        A KeyboardInterrupt, a GreenletExit and others that are not an Exception are a
+        clean stop and do not fail it.
         """
         try:
             template = self.telemetry.template(client, POLL, None, None)
@@ -182,7 +182,7 @@ class ConsumerWrappers:
             operation = Operation(template, span, started)
             try:
                 operation.fail(error)
-            finally:  # of an interrupt, too
+            finally:  # also after an interrupt
                 operation.end()
         except Exception:
             report("trace a poll")
@@ -190,7 +190,7 @@ class ConsumerWrappers:
     def _traced(
         self, client: TracedClient, polled: Any
     ) -> dict[Any, OperationTemplate]:
-        """What is known of the partitions that a poll returned, but excluded topics."""
+        """The templates of the polled partitions, without excluded topics."""
         templates = {
             partition: self.telemetry.template(client, POLL, *partition)
             for partition, records in polled.items()
@@ -250,11 +250,11 @@ class ConsumerWrappers:
     def receive_one(
         self, client: TracedClient, started: Moment, record: Record, *, measured: bool
     ) -> None:
-        """Trace that a single record is handed over and no loop processes it.
+        """Trace the handover of a single record that no loop processes.
 
         Args:
             client: The consumer.
-            started: When it was asked for.
+            started: When the application asked for it.
             record: The record.
             measured: Whether this is an operation of its own.
         """
@@ -296,15 +296,15 @@ class ConsumerWrappers:
 
 
 class ConsumerIterator(ScopedIterator):
-    """What `iter(consumer)` gives: the consumer's own iteration, in scopes.
+    """The result of `iter(consumer)`: the consumer's own iteration, in scopes.
 
-    It goes on after a time-out as the consumer does, and has the consumer's
-    other attributes.
+    It continues after a time-out as the consumer does, and has the consumer's other
+    attributes.
 
     Args:
         wrappers: The wrappers of the consumer's class.
         consumer: The consumer.
-        plain: What its own `__iter__` returned, in general the consumer itself.
+        plain: The result of its own `__iter__`, usually the consumer itself.
     """
 
     __slots__ = ("_client", "_consumer", "_next", "_polls", "_started", "_wrappers")
@@ -322,7 +322,7 @@ class ConsumerIterator(ScopedIterator):
             if "__next__" in vars(each)
         )
         if getattr(found, "_self_wrapper", None) == wrappers.advance:
-            # Nothing stands above our own wrapper, which has nothing to do here.
+            # Our own wrapper is the outermost and has nothing to do here.
             self._next: Callable[[], Record] = found.__wrapped__.__get__(
                 plain, type(plain)
             )
@@ -341,7 +341,7 @@ class ConsumerIterator(ScopedIterator):
         except StopIteration:
             raise
         except Exception as error:
-            # Up to 2.0 there is an iteration without a poll inside.
+            # Up to 2.0, an iteration may have no poll inside.
             if client.step is not Step.FAILED:
                 self._wrappers.fail(self._consumer, client, self._started, error)
             raise
@@ -350,7 +350,7 @@ class ConsumerIterator(ScopedIterator):
             del self  # as in `__next__`
 
     def __getattr__(self, name: str) -> Any:
-        # A copy that was not initialised has no consumer, and must not look for it.
+        # A copy that was not initialised has no consumer. Looking for it would not end.
         if name == "_consumer":
             raise AttributeError(name)
         return getattr(self._consumer, name)
@@ -361,7 +361,7 @@ class ConsumerIterator(ScopedIterator):
         if not telemetry.may_begin(current):
             return
         client = self._client
-        # Each poll inside has looked at the metadata.
+        # A poll inside has already looked at the metadata.
         if not self._polls:
             client.refresh()
         if not (by_loop and telemetry.config.process_spans):
@@ -386,7 +386,7 @@ def _count_records(
     """Count records of a topic and partition that are handed to the application.
 
     Args:
-        template: What is known of polls of the topic and partition.
+        template: The template of polls of the topic and partition.
         records: The records.
         span: The span that accounts for them, if there is one.
     """
@@ -414,11 +414,11 @@ def _received(
     records: Sequence[Record],
     span: Span | None,
 ) -> Received | None:
-    """What measures the way of records that nothing will have processed.
+    """Prepare to measure the pipelines of records that are not processed.
 
     Args:
-        client: The consumer, which keeps it until it is asked for more.
-        template: What is known of polls of their topic and partition.
+        client: The consumer, which keeps the result until it is asked for more.
+        template: The template of polls of their topic and partition.
         records: The records that are handed to the application.
         span: The span that accounts for them, if there is one.
     """

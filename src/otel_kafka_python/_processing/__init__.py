@@ -3,8 +3,8 @@
 The modules, from the outside in; each imports only from those below it:
 
 process_span   the public context manager
-iterators      what stands between a loop and the records; the held record of `next`
+iterators      between a loop and its records; the held record of `next`
 spans          a process span: its parent, its links, its attributes
-scopes         what is current while it lasts, and how that is undone
+scopes         the context while it lasts, and how it is restored
 loops          whether a `for` statement asks, and how it ended
 """

@@ -1,4 +1,4 @@
-"""What stands between a loop and the records; the held record of `next`."""
+"""The iterators between a loop and its records; the held record of `next`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from otel_kafka_python._telemetry import Telemetry, TracedClient
 
 
 class ScopedIterator:
-    """An iterator over records that opens a scope for each that a loop asks for.
+    """An iterator over records that opens a scope for each one that a loop asks for.
 
-    It must not be part of a reference cycle: that it is dropped is how the end of
-    the loop is noticed.
+    It must not be part of a reference cycle: its finaliser notices the end of the loop.
     """
 
     __slots__ = ("_asked_at", "_asked_in", "_asker", "_scope", "_stops")
@@ -59,17 +58,17 @@ class ScopedIterator:
                 report("trace the processing of a record")
             return record
         finally:
-            # An exception that is kept keeps the frames it was raised under, and
-            # kafka-python 3.0 keeps those of waits that time out: let none keep this.
+            # An exception that is kept also keeps its frames, and kafka-python 3.0
+            # keeps the exceptions of waits that time out. None may keep this object.
             del self
 
     def _is_asked_by_loop(self) -> bool:
-        # The frame that called `__next__`. A loop asks from one place again and
-        # again, so the last answer nearly always holds.
+        # The frame that called `__next__`. A loop asks from the same place each time,
+        # so the last answer nearly always applies.
         try:
             frame: FrameType = sys._getframe(2)
         except (AttributeError, ValueError):
-            # The interpreter shows no frames, or nothing written in Python asked.
+            # The interpreter shows no frames, or no Python code asked.
             return False
         code, offset = frame.f_code, frame.f_lasti
         if code is not self._asked_in or offset != self._asked_at:
@@ -85,7 +84,7 @@ class ScopedIterator:
         raise NotImplementedError
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
-        """Trace that a record is handed over, and keep the scope that is to close."""
+        """Trace that a record is handed over, and keep the scope to close later."""
         raise NotImplementedError
 
     def __del__(self) -> None:
@@ -109,19 +108,19 @@ class ScopedIterator:
 class Records(list[Record]):
     """The records of a partition as `poll` returned them.
 
-    A list in every respect, but a loop over it makes a process span for each
-    record. Copies and pickles of it are plain lists, and what others build by
-    calling its class behaves as one.
+    A list in every respect, except that a loop over it makes a process span for each
+    record. Copies and pickles of it are plain lists. An instance that other code
+    creates behaves as a plain list.
 
     Args:
         records: The records.
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
         client: The consumer.
     """
 
     __slots__ = ("_processed", "client", "received", "telemetry")
 
-    # What lives as long as these may be looped over, where pipelines are measured.
+    # Kept as long as a loop over the records is possible, if pipelines are measured.
     received: Received | None
 
     def __init__(
@@ -133,7 +132,7 @@ class Records(list[Record]):
         super().__init__(records)
         self.telemetry = telemetry
         self.client = client
-        # Those that a process span has accounted for.
+        # The records that a process span has accounted for.
         self._processed: set[tuple[str, int, int]] = set()
 
     def __iter__(self) -> Iterator[Record]:
@@ -151,8 +150,8 @@ class Records(list[Record]):
         return list, (self.copy(),)
 
     def take(self, record: Record) -> bool:
-        """Whether no process span has accounted for a record; now one does."""
-        # A list can be extended by what is from another partition.
+        """Claim a record for a process span; false if another one accounts for it."""
+        # The application may add records of other partitions to a list.
         position = (record.topic, record.partition, record.offset)
         if position in self._processed:
             return False
@@ -165,8 +164,8 @@ class RecordsIterator(ScopedIterator):
 
     Args:
         records: The records.
-        plain: A plain list's iterator over them, in the order that is asked for.
-        telemetry: What the instrumentation works with.
+        plain: A plain list's iterator over them, forwards or backwards.
+        telemetry: The telemetry that all wrappers share.
         client: The consumer.
     """
 
@@ -186,9 +185,9 @@ class RecordsIterator(ScopedIterator):
         self._plain = plain
 
     def __reduce__(self) -> Any:
-        # As that of a plain list, where it stands.
+        # As a plain list's iterator at the same position.
         reduced: Any = self._plain.__reduce__()
-        if len(reduced) < 3:  # noqa: PLR2004 (without a position: it is at its end)
+        if len(reduced) < 3:  # noqa: PLR2004 (it has no position at its end)
             return reduced
         return (reduced[0], (self._records.copy(),), *reduced[2:])
 
@@ -211,7 +210,7 @@ class HeldScope:
     """A scope that lasts until its consumer is asked for more, or is closed.
 
     Args:
-        scope: The scope of the record that `next` has returned.
+        scope: The scope of the record that `next` returned.
     """
 
     __slots__ = ("_scope",)
@@ -220,7 +219,7 @@ class HeldScope:
         self._scope: Scope | None = scope
 
     def close(self) -> None:
-        """Close the scope, if nobody has."""
+        """Close the scope, unless it is closed."""
         scope, self._scope = self._scope, None
         if scope is not None:
             scope.close()
@@ -232,7 +231,7 @@ class HeldScope:
 
 
 class HeldScopes:
-    """The scope of each consumer's record that the last `next` has returned."""
+    """The scope of each consumer's last record of `next`."""
 
     def __init__(self) -> None:
         self._by_client: weakref.WeakKeyDictionary[TracedClient, HeldScope] = (
@@ -254,7 +253,7 @@ class HeldScopes:
         if held is not None:
             held.close()
         try:
-            # One that was closed elsewhere can be undone here.
+            # A scope that was closed elsewhere can be undone here.
             undo_left()
         except Exception:
             report("restore the context after a process span")

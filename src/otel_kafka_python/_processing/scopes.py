@@ -1,20 +1,20 @@
-"""Scopes: what is current while records are processed, and how that is undone.
+"""Scopes: the context in which records are processed, and how it is restored.
 
-The scope of a process span is the body of the loop over a record, or of a
-`with process_span(…)`. While it lasts the span is current, and nowhere else. A
-scope is left in the order in which loops end, which is not always the order in
-which they began, and the application may have made something else current in it:
+The scope of a process span is the body of a loop over records, or of a
+`with process_span(…)`. The span is current in its scope and nowhere else. Scopes are
+left in the order in which loops end, which may differ from the order in which they
+began. The application may also have made something else current in a scope:
 
-    the application made current in it   when it is left
-    -----------------------------------  ----------------------------------------
+    the application made current in it   when the scope is left
+    -----------------------------------  ------------------------------------------
     nothing                              the context around it is restored
-    values                               these stay, upon the context around it
-    a span that lasts                    that stays as it is
-    a span that does not                 it goes, in a scope that a block bounds
+    values                               they are added to the context around it
+    a span that has not ended            the current context stays as it is
+    a span that has ended                it is removed, if a block bounds the scope
 
-Whoever made something current may restore the context of the scope later. So that
-context stands for the one around it as soon as the scope is left. Another context
-(a task's, a thread's) is never touched: its copy of the scope stays as it is.
+Code that made something current may restore the scope's context later. Therefore, that
+context takes the values of the context around it when the scope is left. The contexts
+of other tasks and threads are never touched: their copies of the scope stay unchanged.
 """
 
 from __future__ import annotations
@@ -36,35 +36,34 @@ from otel_kafka_python._propagation import SPAN_KEY, creation_context
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import ERROR_OTHER
 
-# Whether a thread begins with a copy of the context that it is started in.
+# Whether a thread begins with a copy of the context in which it is started.
 THREADS_INHERIT = bool(getattr(sys.flags, "thread_inherit_context", False))
 
-# The innermost scope of this context. It is set beside every `attach` and reset
-# first, because it refuses the token of another context in silence, where
-# OpenTelemetry would log an error.
+# The innermost scope of this context. It is set next to every `attach` and reset first:
+# it rejects the token of another context without a message, but OpenTelemetry would log
+# an error.
 innermost: ContextVar[Scope | None] = ContextVar("otel_kafka_python_scope")
 
 
 # The scopes that `next` held in this context until another consumer was asked for more.
-# Their records may be processed yet.
+# Their records may still be processed.
 _displaced: ContextVar[tuple[Scope, ...]] = ContextVar(
     "otel_kafka_python_displaced", default=()
 )
 
-# What `reset` raises of a token of another context, and of one that is used up.
+# `reset` raises these for a token of another context, and for a used token.
 _REFUSALS = (ValueError, RuntimeError)
 
-# Under this key the context of a scope has the messages that it accounts for, so
-# that a send knows which are being processed, whatever other spans are current in
-# between.
+# The key of a scope's messages in its context. With it, a send knows which messages are
+# being processed, even if other spans are current in between.
 _MESSAGES_KEY = otel_context.create_key("otel-kafka-python-messages")
 
 
 class _LeftContext(Context):
     """The context of a scope that was left while something else was current.
 
-    It has become the one around the scope, but in copies that were made in the scope
-    (a task's), where it is what it was.
+    It has the values of the context around the scope. In copies that were made in the
+    scope (by a task), it keeps its own values.
     """
 
     inside: Context
@@ -83,16 +82,16 @@ class _LeftContext(Context):
 
 
 class ScopeMessages:
-    """The messages that a scope accounts for, as its context knows them.
+    """The messages that a scope accounts for, as stored in its context.
 
-    A copy of the context (a task's, a timer's) may outlive the scope by far, so
-    the records themselves are let go with its end.
+    A copy of the context (in a task or a timer) may outlive the scope by far, so the
+    records themselves are released at its end.
 
     Args:
         records: The records.
         links: The links to the creation contexts of some of them.
-        context: The context that it is entered in, which knows what the scope around
-            it accounts for.
+        context: The context around the scope, which has the messages of the scope
+            around it.
     """
 
     __slots__ = ("_created", "_links", "outer", "records")
@@ -106,10 +105,10 @@ class ScopeMessages:
         self._created: frozenset[tuple[int, int]] | None = None
 
     def carries(self, created: SpanContext) -> bool:
-        """Whether a creation context is that of a record among these."""
+        """Whether a creation context belongs to one of these records."""
         if self._created is None:
             contexts = [link.context for link in self._links]
-            # Not every one of a large batch is linked to.
+            # A large batch may have more records than links.
             if len(contexts) < len(self.records):
                 found = (creation_context(record.headers) for record in self.records)
                 contexts = [each for each in found if each]
@@ -118,10 +117,10 @@ class ScopeMessages:
 
 
 class Scope(Operation):
-    """The processing of one record or of a batch; it is entered at once.
+    """The processing of one record or of a batch.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
     """
@@ -146,8 +145,8 @@ class Scope(Operation):
         Args:
             messages: The records that it accounts for.
             around: The context that is current around it.
-            context: What is current in it, besides its span and what it accounts for.
-                Without a span nothing is made current.
+            context: The context to make current in it, without its span and its
+                messages. If it has no span, nothing is made current.
         """
         self._entered = self.is_bounded = True
         self._thread = threading.get_ident() if THREADS_INHERIT else None
@@ -174,9 +173,9 @@ class Scope(Operation):
             report("make a process span current")
 
     def leave(self) -> None:
-        """Restore the context that was current before `enter`, if that is to be done.
+        """Restore the context that was current before `enter`.
 
-        It is not on another thread or in another context.
+        On another thread or in another context, this restores nothing.
         """
         if not self._entered:
             return
@@ -188,16 +187,17 @@ class Scope(Operation):
                     return
                 later.append(scope)
                 scope = scope._below
-            # Scopes that were entered later (the other consumers' of a `zip`) give way.
+            # Scopes that were entered later (other consumers' in a `zip`) end, too.
             if self.undo(later) and self._below is not None:
                 undo_left()
         except Exception:
             report("restore the context after a process span")
 
     def renew_marker(self) -> bool:
-        """Whether the code that runs now is in this scope, in its own context.
+        """Whether the running code is in this scope, in the scope's own context.
 
-        Only the marker's own context lets it be reset, so that it is reset and set.
+        A marker can be reset only in its own context, so this resets it and sets it
+        again.
         """
         if not self._entered or self.ended or self._marker is None:
             return False
@@ -206,18 +206,18 @@ class Scope(Operation):
             innermost.reset(self._marker)
         except _REFUSALS:
             return False
-        # What `reset` has used up is to be had again.
+        # `reset` has used the token, so a new one is needed.
         self._marker = innermost.set(within)
         return True
 
     def undo(self, later: Sequence[Scope] = ()) -> bool:
-        """Undo what `enter` did, if that was done in this very context.
+        """Undo `enter`, if it was called in this very context.
 
         Args:
             later: The scopes that were entered in it and not left, the last one first.
 
         Returns:
-            Whether it was.
+            Whether `enter` was called in this context.
         """
         if self._marker is None:
             return False
@@ -234,7 +234,7 @@ class Scope(Operation):
         return True
 
     def _restore(self, around: Context, scopes: Sequence[Scope]) -> None:
-        """Make current what is to be after scopes."""
+        """Make the context current that follows these scopes."""
         restored, replaced, is_covered = around, None, True
         try:
             replaced = otel_context.get_current()
@@ -243,28 +243,28 @@ class Scope(Operation):
                 is_covered = is_covered and replaced is not each._attached
             if is_covered:
                 restored = self._without(scopes, replaced, around)
-        finally:  # of a failure, too
+        finally:  # also after a failure
             if is_covered:
                 for each in scopes:
                     each._stand_for(around)
             try:
                 if restored is around and self._token is not None:
                     otel_context.detach(self._token)
-            finally:  # OpenTelemetry logs a failure, and goes on
+            finally:  # OpenTelemetry logs a failure and continues
                 if otel_context.get_current() is replaced is not restored:
                     otel_context.attach(restored)
 
     def _without(
         self, scopes: Sequence[Scope], current: Context, around: Context
     ) -> Context:
-        """What was made current in scopes, upon the context around them."""
+        """The context around scopes, with the values that were added in them."""
         messages = current.get(_MESSAGES_KEY)
         within = next((s._attached for s in scopes if s.messages is messages), None)
-        if within is None:  # it is built upon something else
+        if within is None:  # it was not made from the context of a scope
             return current
         span = get_current_span(current)
         if all(span is not each.span for each in scopes) and (
-            # It may be one that the application has entered a block with.
+            # It may be the span of a block that the application has entered.
             not self.is_bounded or span.is_recording()
         ):
             return current
@@ -276,7 +276,7 @@ class Scope(Operation):
         return Context({**around, **added}) if added else around
 
     def _stand_for(self, around: Context) -> None:
-        """Have its context become the one around it: somebody may restore that."""
+        """Give its context the values of the one around it, if it is restored later."""
         attached = self._attached
         if attached is not None:
             vars(attached)["inside"] = Context(attached)
@@ -288,7 +288,7 @@ class Scope(Operation):
         """Leave the scope and end its operation."""
         try:
             self.leave()
-        finally:  # of an interrupt, too
+        finally:  # also after an interrupt
             self.end()
             self.messages.records = ()
 
@@ -296,8 +296,8 @@ class Scope(Operation):
         """Close a scope whose iterator is being finalised.
 
         Args:
-            collected: Whether the garbage collector found it, perhaps in the
-                midst of anything.
+            collected: Whether the garbage collector found it, perhaps during a call
+                of the SDK.
         """
         if not collected:
             self.close()
@@ -321,18 +321,18 @@ class Scope(Operation):
         return bool(records) and id(record) in self._ids
 
     def begin_attempt(self) -> None:
-        """Record what fails from now on, be it an exception that has been recorded.
+        """Record failures from now on, even with an exception that was recorded before.
 
-        But not that which is being handled: it has failed before.
+        The exception that is being handled now is not recorded again.
         """
         handled = sys.exc_info()[1]
         if handled is None or vars(handled) is not self._failed_with:
             self._failed_with = None
 
     def fail_with(self, error: BaseException) -> None:
-        """Fail with an exception that may pass by here more than once."""
-        # An exception is known by its dict. Its id may be the next one's, and to keep
-        # it would keep its traceback, and with that the iterator of its loop.
+        """Fail with an exception, which may be passed to this more than once."""
+        # Its dict identifies an exception. Another exception may get the same id later,
+        # and a reference would keep the traceback, and with it the loop's iterator.
         if self._failed_with is not vars(error):
             self._failed_with = vars(error)
             self.fail(error)
@@ -341,8 +341,8 @@ class Scope(Operation):
         """Fail with the exception that ends its loop.
 
         Args:
-            error: The exception, or None if it cannot be told: a `process_span` in
-                the body may have seen it.
+            error: The exception, or None if it cannot be identified. A `process_span`
+                in the body may have recorded it.
         """
         if error is not None:
             self.fail_with(error)
@@ -351,7 +351,7 @@ class Scope(Operation):
 
 
 def undo_left() -> Scope | None:
-    """Undo those of the innermost scopes that were left elsewhere.
+    """Undo the innermost scopes that were left elsewhere.
 
     Returns:
         The innermost scope that remains.
@@ -363,7 +363,7 @@ def undo_left() -> Scope | None:
 
 
 def displace_held() -> None:
-    """Leave the scopes that `next` holds in this context: more is asked for."""
+    """Leave the scopes that `next` holds in this context, before the next record."""
     scope = innermost.get(None)
     while scope is not None and not scope.is_bounded and scope.renew_marker():
         scope.leave()
@@ -412,8 +412,8 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
 def context_around_ended(context: Context) -> Context:
     """The current context, or the one around the scopes of it that have ended.
 
-    A copy of a context (a task's, a thread's) keeps a scope current after the
-    loop has gone on.
+    A copy of a context (in a task or a thread) keeps a scope current after the loop has
+    continued.
 
     Args:
         context: The current context.
@@ -432,9 +432,9 @@ def context_around_ended(context: Context) -> Context:
 def context_of_thread(context: Context) -> Context:
     """The current context, or the one around the scopes that a thread has outlived.
 
-    A thread that was started in a scope keeps it for whatever it does later, which
-    nobody has asked for. A task, or a pool that carries contexts along, does so on
-    purpose: its context stays.
+    A thread that was started in a scope would keep it for all of its later work, which
+    is not intended. A task, or a pool that carries contexts, keeps it on purpose: its
+    context stays.
 
     Args:
         context: The current context.
@@ -446,7 +446,7 @@ def context_of_thread(context: Context) -> Context:
 
 
 def scope_of(record: Record) -> Scope | None:
-    """The scope that accounts for a record, among those around what runs now."""
+    """The scope around the running code that accounts for a record, or None."""
     scope = innermost.get(None)
     while scope is not None and not scope.holds(record):
         scope = scope._below

@@ -48,9 +48,9 @@ from otel_kafka_python._telemetry import Telemetry, TracedClient
 
 
 class Way(NamedTuple):
-    """How far messages that are processed have come through their pipelines."""
+    """The pipelines of the messages that are being processed."""
 
-    start: Start | None  # of the pipeline that began first
+    start: Start | None  # the earliest
     arrivals: Sequence[Arrival]
 
 
@@ -60,10 +60,10 @@ def _way(
     messages: Iterable[tuple[Record, Context]],
     now: int,
 ) -> Way:
-    """See how far messages have come.
+    """Find the pipelines of messages.
 
     Args:
-        telemetry: What the instrumentation works with.
+        telemetry: The telemetry that all wrappers share.
         client: The consumer, or an empty one if it is not known.
         messages: The records, each with the context that it carries.
         now: Nanoseconds since the epoch.
@@ -85,7 +85,7 @@ def _way(
 def _way_of_batch(
     telemetry: Telemetry, client: TracedClient, records: Sequence[Record], now: int
 ) -> Way | None:
-    """See how far records have come, where pipelines are measured."""
+    """Find the pipelines of records, if pipelines are measured."""
     if not telemetry.config.pipeline_latency:
         return None
     messages = ((record, extract(record.headers)[0]) for record in records)
@@ -93,13 +93,13 @@ def _way_of_batch(
 
 
 class PipelineScope(Scope):
-    """A scope at whose end the way of its messages through their pipelines is measured.
+    """A scope whose end is also measured for the pipelines of its messages.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
-        way: How far its messages have come.
+        way: The pipelines of its messages.
     """
 
     __slots__ = ("way",)
@@ -135,7 +135,7 @@ class PipelineScope(Scope):
 
 
 def start_without_span() -> Start | None:
-    """The start of the pipeline that is processed here, where that has no span."""
+    """The start of the pipeline that is being processed here without a span."""
     scope = innermost.get(None)
     while scope is not None:
         if isinstance(scope, PipelineScope) and scope.span is None and not scope.ended:
@@ -152,13 +152,13 @@ def open_scope(
     Its creation context is the parent of the span if no other span is current.
 
     Args:
-        telemetry: What the instrumentation works with.
-        client: The consumer, or an empty one if it is not known.
+        telemetry: The telemetry that all wrappers share.
+        client: The consumer, or an empty one if it is unknown.
         record: The record.
         current: The current context.
 
     Returns:
-        The scope, which is to be closed; or None if there is nothing to do.
+        The scope, which the caller must close, or None if there is nothing to do.
     """
     template = telemetry.template(client, PROCESS, record.topic, record.partition)
     if template is None:
@@ -169,8 +169,8 @@ def open_scope(
         return _open_measured(telemetry, client, template, (record,), started, around)
     carried, created = extract(record.headers)
     attributes: Mapping[str, Any]
-    # Where the trace is sampled, so is the span, mostly: not to defer it saves
-    # 0.5 µs there, to defer it 0.7 elsewhere.
+    # If the trace is sampled, the span usually is, too. Then building the attributes
+    # now saves 0.5 µs; otherwise, building them on access saves 0.7 µs.
     if created is not None and created.trace_flags & TraceFlags.SAMPLED:
         attributes = template.attributes.copy()
         describe(config, record, attributes, started[0])
@@ -196,7 +196,7 @@ def open_scope(
         and not (context or config.consume_hook)
         and not template.observes_end
     ):
-        # Without an SDK there is nothing to make current then: saves half.
+        # Without an SDK there is nothing to make current. This halves the cost.
         return None
     scope = (
         Scope(template, span, started)
@@ -207,7 +207,7 @@ def open_scope(
         scope.enter(ScopeMessages((record,), links, context), around, context)
         if span is not None and config.consume_hook is not None:
             call_hook("consume_hook", config.consume_hook, span, record, (), {})
-    except BaseException:  # the user's, who wants to end it all
+    except BaseException:  # an interrupt ends the application
         scope.close()
         raise
     return scope
@@ -222,13 +222,13 @@ def open_batch_scope(
     """Enter the processing of records as one batch ("Process" spans).
 
     Args:
-        telemetry: What the instrumentation works with.
-        client: The consumer, or an empty one if it is not known.
+        telemetry: The telemetry that all wrappers share.
+        client: The consumer, or an empty one if it is unknown.
         records: The records, at least one, none of an excluded topic.
         current: The current context.
 
     Returns:
-        The scope, which is to be closed; or None if there is nothing to do.
+        The scope, which the caller must close, or None if there is nothing to do.
     """
     topic, partition = shared({(each.topic, each.partition) for each in records})
     template = telemetry.template(client, PROCESS, topic, partition)
@@ -312,7 +312,7 @@ def _context_around(current: Context) -> Context:
 
 
 def _parent(config: Config, around: Context, context: Context) -> Context:
-    """`context`, with the span that is to be the parent of a process span in it."""
+    """`context`, with the parent of the process span as its current span."""
     if config.process_parent == "none":
         return set_span_in_context(INVALID_SPAN, context)
     ambient = get_current_span(around) if around else INVALID_SPAN

@@ -754,6 +754,26 @@ def test_log_lines_have_the_trace_id(
     assert spans_until(receiver, span)[span].span.trace_id.hex() == trace_id
 
 
+LOGGED = """
+import logging
+log = logging.getLogger("shop")
+log.setLevel("INFO")
+"""
+
+
+def test_log_lines_have_the_trace_id_under_the_launcher(
+    programs: Programs, receiver: OtlpProtoTestServer, topic: str
+) -> None:
+    programs.write(app=LOGGED + UNTIL_SHIPPED.replace("print(", "log.info('%s %s', "))
+    variables = example("logs", "LOG_CORRELATION", "sh")
+    logged = programs.run(f"{variables}{LAUNCH.strip()} 2>&1")
+    assert "Traceback" not in logged
+    (trace_id,) = re.findall(r"trace_id=(\w{32}) .* shipping a lamp", logged)
+    process = f"process {topic}"
+    span = spans_until(receiver, process)[process].span
+    assert span.trace_id.hex() == trace_id
+
+
 FRAMEWORKS = ("fastapi", "flask", "django")
 WORKER = example("web", "KafkaConsumer(")
 START_WORKER = example("web", "python worker.py", "sh")

@@ -21,7 +21,7 @@ The modules, from the outside in; each imports only from those below it:
     _span_ends         ends spans without delaying the broker's other answers
     _messages          the attributes and links that describe a span's messages
     _pipeline          the time that messages take from their pipeline's first send
-    _endings           ends that nobody calls for: collector, fork, exit
+    _endings           ends without a call: dropped by the collector, fork, exit
     _propagation       headers in, headers out
     _metrics           the instruments, and whether anyone collects
     _client_metrics    the clients' own metrics, observed when they are collected

@@ -12,10 +12,10 @@ from otel_kafka_python._safety import report
 
 
 class LastRecord(NamedTuple):
-    """What is known of the last record of a partition that a consumer handed over."""
+    """The facts about the last record of a partition that a consumer handed over."""
 
-    timestamp: Any  # its own, as kafka-python has it
-    asked: int  # how often the consumer had been asked for records by then
+    timestamp: Any  # of the record, as kafka-python has it
+    asked: int  # how often the application had asked for records by then
 
 
 class Client:
@@ -65,7 +65,7 @@ class Client:
         self.is_extended = is_extended
         # Returns the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
-        # How often it was asked for records.
+        # How often the application asked it for records.
         self.asked = 0
         # The last record of each partition, where its lag in time is observed.
         self.last_records: dict[tuple[str, int], LastRecord] = {}

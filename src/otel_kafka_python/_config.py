@@ -139,7 +139,7 @@ _VARIABLES = {
 
 
 class _FoundInFile:
-    """Takes whatever the SDK has found: for an unknown name it would give up."""
+    """Takes all names that the SDK found: an unknown one would stop the SDK."""
 
     def __init__(self, **found: object) -> None:
         for name in _VARIABLES:

@@ -135,7 +135,7 @@ class ConsumerWrappers:
             self.ask(self.telemetry.clients.get(consumer))
 
     def ask(self, client: TracedClient) -> None:
-        """Close what lasts until a consumer is asked for more; leave the others'."""
+        """Close the last record of a consumer, and leave the scopes of the others."""
         self.close_last(client)
         if self.holds:
             self.held.displace()

@@ -1,4 +1,4 @@
-"""The ends that nobody calls for: dropped by the collector, forked, at the exit.
+"""Ends without a call: dropped by the collector, forked, at the exit.
 
 A finaliser must not end an operation itself: a collection can run while this thread is
 inside the SDK, whose locks are not reentrant. So it defers the operation. The next

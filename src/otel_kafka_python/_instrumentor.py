@@ -41,7 +41,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
     and runs `__init__` again, which therefore sets nothing.
     """
 
-    # The SDK converts to it what its configuration file says.
+    # The SDK converts the settings in its configuration file to this class.
     configuration = _config.FileSettings
 
     _telemetry: Telemetry | None = None
@@ -157,7 +157,7 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
                 reject it.
         """
         launched, self._is_launched = self._is_launched, False
-        # The SDK has read its configuration file by then, and done what that says.
+        # The SDK has already applied its configuration file by then.
         if launched and (
             self.is_instrumented_by_opentelemetry or _config.disabled_in_file()
         ):

@@ -285,15 +285,15 @@ class Operation(Endable):
 
 
 class Receipt(Operation):
-    """The receipt of a single record, open until it is seen who processes the record.
+    """The receipt of a single record, open until its processing begins or is ruled out.
 
-    The consume_hook is called with the process span if there is one, and otherwise
-    with the span of the receipt, which must not have ended then.
+    The consume_hook is called with the process span if there is one. Otherwise it is
+    called with the span of the receipt, which must still be open.
 
     Args:
-        template: What was known of it in advance.
+        template: The template of the operation.
         span: Its span.
-        started: When the record was asked for.
+        started: When the application asked for the record.
         received: When it was handed over, by the monotonic clock, in nanoseconds.
         measured: Whether this is an operation of its own.
         record: The record.
@@ -330,7 +330,7 @@ class Receipt(Operation):
             try:
                 if hooked:
                     call_hook("consume_hook", self._hook, self.span, record, (), {})
-            finally:  # of an interrupt, too
+            finally:  # also after an interrupt
                 self.end_claimed(ended=self._received, measured=self._measured)
 
     def abandon(self, ended: int) -> None:  # noqa: ARG002 (it has been received before)
@@ -342,7 +342,7 @@ class Receipt(Operation):
 
 
 class PendingOperation(Operation):
-    """An operation that the broker's answer ends; it is the callback of a future.
+    """An operation that the broker's answer ends, as the callback of a future.
 
     Args:
         template: The template of the operation.

@@ -1,4 +1,4 @@
-"""What all wrappers share: settings, tracer, instruments, templates of operations."""
+"""The state of all wrappers: settings, tracer, instruments, operation templates."""
 
 from __future__ import annotations
 

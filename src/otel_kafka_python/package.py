@@ -1,4 +1,4 @@
-"""What OpenTelemetry's own tooling reads about an instrumentation package."""
+"""The facts that OpenTelemetry's tooling reads about an instrumentation package."""
 
 __version__ = "0.1.0"
 

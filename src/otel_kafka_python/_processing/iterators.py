@@ -259,7 +259,7 @@ class HeldScopes:
             report("restore the context after a process span")
 
     def displace(self) -> None:
-        """Leave the scopes of this context: another record is asked for."""
+        """Leave the scopes of this context before the next record."""
         try:
             displace_held()
         except Exception:

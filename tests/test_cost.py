@@ -29,6 +29,7 @@ import otel_kafka_python
 from clients import DEADLINE, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
+from otel_kafka_python import process_span
 from recorder import Recorder
 
 RECORDED: dict[str, int] = json.loads((Path(__file__).parent / "cost.json").read_text())
@@ -141,6 +142,23 @@ def test_the_calls_of_a_polled_record(
         poll_records(consumer, MESSAGES)
 
     assert_not_grown("calls of a polled record", CallCounter().count(work))
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_the_calls_of_a_process_span(
+    instrumented: None, clients: Clients, recorder: Recorder, known: bool
+) -> None:
+    """It costs about the same whether its consumer is known."""
+    clients.send(*(b"value",) * MESSAGES, key=b"key")
+    consumer = clients.consumer()
+    records = [*poll_records(consumer, MESSAGES)]
+
+    def work() -> None:
+        for record in records:
+            with process_span(record, consumer if known else None):
+                pass
+
+    assert_not_grown("calls of a process span", CallCounter().count(work))
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "unsampled"])

@@ -289,6 +289,20 @@ def test_a_global_provider_that_is_set_late_is_noticed(
     assert recorder.count(SENT) == before + 1
 
 
+def test_a_global_provider_that_is_set_late_is_noticed_without_a_consumer(
+    instrument: Instrument, clients: Clients, recorder: Recorder, monkeypatch: Any
+) -> None:
+    instrument(meter_provider=None)
+    clients.send(b"1")
+    (record,) = poll_records(clients.consumer(), 1)
+    with process_span(record):
+        pass
+    monkeypatch.setattr(metrics._internal, "_METER_PROVIDER", recorder.meter_provider)
+    with process_span(record):
+        pass
+    assert recorder.count(PROCESS) == 1
+
+
 def test_counts_go_on_through_another_instrumentation(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> None:

@@ -282,6 +282,12 @@ def test_without_process_spans_loops_make_receive_spans_and_nothing_is_current(
     span = recorder.one(f"poll {topic}")
     assert len(span.links) == 1
     assert "messaging.batch.message_count" not in (span.attributes or {})
+    assert span.start_time is not None
+    assert span.end_time is not None
+    duration = "messaging.client.operation.duration"
+    # The poll that brought the record, if that is what the client's iteration does.
+    for point in recorder.points(duration, messaging_operation_name="poll"):
+        assert point.sum == (span.end_time - span.start_time) / 1e9
 
 
 def test_without_capture_message_key_no_key_is_recorded(

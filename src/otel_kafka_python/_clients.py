@@ -145,10 +145,6 @@ class Clients(Generic[ClientT]):
             return self._make(sends_headers=False)
         return client
 
-    def unknown(self) -> ClientT:
-        """A `Client` without any known facts."""
-        return self._make()
-
     def _meet(self, instance: Any) -> ClientT:
         self._on_new()
         key = id(instance)

@@ -210,6 +210,7 @@ class ConsumerWrappers:
             return
         template = self.telemetry.template(client, POLL, *shared(traced))
         if template is not None:
+            client.polled = started, ended
             Operation(template, None, started).end(ended=ended)
 
     def _receive_batch(
@@ -248,7 +249,13 @@ class ConsumerWrappers:
             polled[each] = records
 
     def receive_one(
-        self, client: TracedClient, started: Moment, record: Record, *, measured: bool
+        self,
+        client: TracedClient,
+        started: Moment,
+        record: Record,
+        *,
+        measured: bool,
+        ended: int | None = None,
     ) -> None:
         """Trace the handover of a single record that no loop processes.
 
@@ -257,12 +264,14 @@ class ConsumerWrappers:
             started: When the application asked for it.
             record: The record.
             measured: Whether this is an operation of its own.
+            ended: When the measured poll that brought it ended; now if None.
         """
         telemetry, config = self.telemetry, self.telemetry.config
         template = telemetry.template(client, POLL, record.topic, record.partition)
         if template is None:
             return
-        ended = time.monotonic_ns()
+        if ended is None:
+            ended = time.monotonic_ns()
         if config.client_metrics:
             client.remember(record)
         span = None
@@ -365,7 +374,8 @@ class ConsumerIterator(ScopedIterator):
         if not self._polls:
             client.refresh()
         if not (by_loop and telemetry.config.process_spans):
-            wrappers.receive_one(client, self._started, record, measured=False)
+            started, ended = client.polled or (self._started, None)
+            wrappers.receive_one(client, started, record, measured=False, ended=ended)
             if by_loop:
                 self._scope = open_unless_in_scope(telemetry, client, record, current)
             return

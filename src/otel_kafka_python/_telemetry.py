@@ -55,7 +55,14 @@ class Step(Enum):
 class TracedClient(Client):
     """A producer or consumer, with the data that the wrappers keep for it."""
 
-    __slots__ = ("answer_attributes", "receipt", "received", "step", "templates")
+    __slots__ = (
+        "answer_attributes",
+        "polled",
+        "receipt",
+        "received",
+        "step",
+        "templates",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +70,8 @@ class TracedClient(Client):
         # The attributes of messages that a partition's leader answered.
         self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
         self.step: Step | None = None
+        # When the poll in that step started and ended, if it brought records.
+        self.polled: tuple[Moment, int] | None = None
         # Of the last record, if that may yet be processed with the hook's span.
         self.receipt: Receipt | None = None
         # The last records that were handed over, if the latency of pipelines is
@@ -101,6 +110,8 @@ class Telemetry:
     ) -> None:
         self.config = config
         self.clients = Clients(TracedClient, on_new_client)
+        self._unknown = TracedClient()
+        self._unknown_for: Instruments | None = None  # those that it was made for
         self._on_stop: list[Callable[[], object]] = []
         self.active = True
         # Whether there were instruments when a template was last built.
@@ -148,6 +159,19 @@ class Telemetry:
         if _endings.deferred:
             _endings.abandon_deferred()
         return True
+
+    def unknown_client(self) -> TracedClient:
+        """A `Client` without any known facts, with the templates that it has used.
+
+        It has no metadata whose refresh would let a meter provider that is set late
+        be noticed.
+        """
+        instruments = self._instruments()
+        has_own_histogram = self.config.pipeline_latency and not self.config.metrics
+        if instruments is not self._unknown_for or has_own_histogram:
+            self._unknown_for = instruments
+            self._unknown.forget()
+        return self._unknown
 
     def template(
         self, client: TracedClient, kind: Kind, topic: Any, partition: Any

@@ -104,10 +104,10 @@ class _ProcessSpan(AbstractContextManager[Span]):
             if displaced is not None:
                 enter_again(displaced, given, current)
                 return displaced, displaced.leave
-        clients = telemetry.clients
-        client = (
-            clients.unknown() if self._consumer is None else clients.get(self._consumer)
-        )
+        if self._consumer is None:
+            client = telemetry.unknown_client()
+        else:
+            client = telemetry.clients.get(self._consumer)
         records = [
             record
             for record in _flatten(given)

@@ -203,12 +203,11 @@ def by_poll(consumer: Any) -> Iterator[Any]:
 
 
 def by_next(consumer: Any) -> Iterator[Any]:
-    while True:
-        try:
-            record = next(consumer)
-        except StopIteration:
-            return
-        yield record
+    for _ in range(consumer.count):
+        yield next(consumer)
+    consumer.count = consumer.config["consumer_timeout_ms"] = 1
+    with pytest.raises(StopIteration):
+        next(consumer)
 
 
 @pytest.mark.parametrize("hand_over", [by_poll, by_next, iter])
@@ -224,12 +223,14 @@ def test_the_time_lag_is_the_age_of_the_last_record_until_more_is_asked_for(
     written = send_aged(clients, 300, 200, 100)
     seen = []
     # It is slowed down on purpose: nothing more is asked for before it is observed.
-    for _ in hand_over(clients.finite(3)):
+    consumer = clients.finite(3)
+    for _ in hand_over(consumer):
         earliest = time.time()
         (lag,) = time_lags(recorder).values()
         seen.append((earliest, lag, time.time()))
     for at, (earliest, lag, latest) in zip(written, seen, strict=True):
         assert earliest - at <= lag + 0.001 <= latest - at + 0.002
+    assert time_lags(recorder) == {"0": 0}
 
 
 def test_the_time_lag_grows_while_a_consumer_is_stuck_and_is_0_with_nothing_behind(

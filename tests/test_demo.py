@@ -109,6 +109,8 @@ def test_the_metrics_are_of_all_orders(done: Done) -> None:
     assert re.search(r"messages consumed +24 +23", done.stdout)
     waiting = r"([\d.]+ s|[\d.]+ ms|< 5 ms)"
     assert re.search(rf"orders → payments +{waiting} +{waiting}", done.stdout)
+    latency = rf"From its send to its shipping, an order takes {waiting} \(median"
+    assert re.search(latency, done.stdout)
     assert "payments holds the pipeline up" in done.stdout
 
 

@@ -80,6 +80,7 @@ def service(
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_LOGS_EXPORTER": "none",
             "OTEL_PYTHON_KAFKA_CAPTURE_QUEUE_TIME": "true",
+            "OTEL_PYTHON_KAFKA_PIPELINE_LATENCY": "true",
             # The demo has no patience; a service keeps the defaults.
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "OTEL_METRIC_EXPORT_INTERVAL": "500",
@@ -195,7 +196,9 @@ def draw(telemetry: Telemetry, plan: story.Plan, svg: Path) -> None:
     polls = story.polls(telemetry.spans, root.trace_id)
     lines = waterfall.explain(root, *story.bottleneck(root))
     hops = measures.hops(telemetry.metrics)
-    all_orders = waterfall.draw_hops(hops, story.sampled(telemetry.spans))
+    latency = measures.latency(telemetry.metrics)
+    sampled = story.sampled(telemetry.spans)
+    all_orders = waterfall.draw_hops(hops, latency, sampled)
     waterfall.show(
         lambda width: Group(waterfall.draw(root, polls, width), lines, "", all_orders),
         waterfall.draw_metrics(telemetry.metrics),

@@ -15,6 +15,7 @@ from story import Plan, expect, values
 HOPS = {"orders": "payments", "payments": "shipping"}
 PROCESSING = "messaging.process.duration process"
 WAITING = "kafka.record.queue_time"
+LATENCY = "kafka.pipeline.latency"
 
 
 @dataclass
@@ -121,6 +122,7 @@ def check(metrics: Metrics, plan: Plan) -> None:
         ("shipping", "messaging.client.consumed.messages poll"): plan.paid,
         ("shipping", PROCESSING): plan.paid,
         ("shipping", WAITING): plan.paid,
+        ("shipping", LATENCY): plan.paid,
     }
     for (service, name), count in expected.items():
         measured = metrics.get(service, {}).get(name, Measured())
@@ -149,6 +151,11 @@ def hops(metrics: Metrics) -> list[Hop]:
         processing = measured[PROCESSING] + failed
         found.append(Hop(topic, service, measured[WAITING], processing))
     return found
+
+
+def latency(metrics: Metrics) -> Measured:
+    """How long orders took from their send to the end of their shipping."""
+    return metrics["shipping"][LATENCY]
 
 
 def slowest(found: list[Hop]) -> Hop:

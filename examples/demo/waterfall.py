@@ -219,7 +219,7 @@ def _error(span: Span) -> str:
     return error_type
 
 
-def draw_hops(hops: list[Hop], sampled: int) -> Group:
+def draw_hops(hops: list[Hop], latency: Measured, sampled: int) -> Group:
     """A table of all orders: how long they waited for each service, and took there."""
     slow = slowest(hops)
     orders = hops[0].waiting.count
@@ -242,6 +242,8 @@ def draw_hops(hops: list[Hop], sampled: int) -> Group:
     return Group(
         table,
         _say(
+            f"From its send to its shipping, an order takes {_estimate(latency, 0.5)} "
+            f"(median; 99 %: {_estimate(latency, 0.99)}).\n"
             f"[bold]{slow.service}[/] holds the pipeline up: half of the orders waited "
             f"{waiting} or longer for it, and it takes {processing} on average. The "
             f"metrics cover all orders; {sampled} of those before the checkout have a "

@@ -159,7 +159,7 @@ class Destination:
         sources: The known topics of first sends.
     """
 
-    __slots__ = ("_attributes", "_histogram", "_sources")
+    __slots__ = ("_attributes", "_by_source", "_histogram", "_sources")
 
     def __init__(
         self, histogram: Histogram | None, attributes: Attributes, sources: Sources
@@ -167,14 +167,17 @@ class Destination:
         self._histogram = histogram
         self._attributes = attributes
         self._sources = sources
+        self._by_source: dict[str, Attributes] = {}
 
     def arrival(self, start: Start | None) -> Arrival | None:
         """The arrival of a message of a pipeline, if it is measured."""
         if start is None or self._histogram is None:
             return None
-        attributes = pipeline_attributes(
-            self._sources.name(start.topic), self._attributes
-        )
+        source = self._sources.name(start.topic)
+        attributes = self._by_source.get(source)
+        if attributes is None:
+            attributes = pipeline_attributes(source, self._attributes)
+            self._by_source[source] = attributes
         return Arrival(self._histogram, start.began, attributes)
 
 

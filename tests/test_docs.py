@@ -284,8 +284,15 @@ def test_no_headers_are_put_on_the_messages_to_a_topic(
     assert record.headers == []
 
 
-def test_the_launcher_finds_two_entry_points(programs: Programs) -> None:
-    assert programs.run(FOUND).count("EntryPoint(") == 2
+def test_the_launcher_finds_three_entry_points(programs: Programs) -> None:
+    assert programs.run(FOUND).count("EntryPoint(") == 3
+
+
+def test_the_configuration_file_turns_this_package_off(tmp_path: Path) -> None:
+    path = tmp_path / "configuration.yaml"
+    disabled = example("settings", "enabled: false", "yaml")
+    path.write_text(f'file_format: "1.1"\n{disabled}')
+    assert _config.disabled_in_file({"OTEL_CONFIG_FILE": str(path)})
 
 
 def test_the_code_of_manual_use_runs(clients: Clients, topic: str) -> None:

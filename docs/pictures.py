@@ -1,6 +1,6 @@
 """Takes the pictures of the demo's trace: its own, and that of Jaeger's page.
 
-    PYTHONPATH=examples python docs/pictures.py
+    PYTHONPATH=examples:tests python docs/pictures.py
 
 writes `docs/demo.svg` and `docs/jaeger.png`. It needs Jaeger 2 and Chromium, and what
 the demo needs. The releases of Jaeger contain its page. For a binary that Go has built,
@@ -22,10 +22,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from socket import create_server
 from typing import Any
 
 from embedded_broker import POLL_INTERVAL, START_TIMEOUT, die_with_parent
+
+from apache_broker import free_ports
 
 DOCS = Path(__file__).parent
 DEMO = DOCS.parent / "examples" / "demo"
@@ -36,18 +37,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("background-networking", "component-update", "extensions", "gpu", "sync")
 
 
-def free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def configuration(otlp: int, query: int, page: Path | None) -> dict[str, Any]:
+def configuration(ports: list[int], page: Path | None) -> dict[str, Any]:
     """Jaeger in one process, with its traces in memory."""
-    local, memory = "127.0.0.1", {"memory": {"max_traces": 10_000}}
+    otlp, query, grpc = (f"127.0.0.1:{port}" for port in ports)
+    memory = {"memory": {"max_traces": 10_000}}
     query_service: dict[str, Any] = {
         "storage": {"traces": "memory"},
-        "http": {"endpoint": f"{local}:{query}"},
-        "grpc": {"endpoint": f"{local}:{free_port()}"},
+        "http": {"endpoint": query},
+        "grpc": {"endpoint": grpc},
     }
     if page is not None:
         query_service["ui"] = {"assets_path": str(page)}
@@ -57,7 +54,7 @@ def configuration(otlp: int, query: int, page: Path | None) -> dict[str, Any]:
             "jaeger_storage": {"backends": {"memory": memory}},
             "jaeger_query": query_service,
         },
-        "receivers": {"otlp": {"protocols": {"http": {"endpoint": f"{local}:{otlp}"}}}},
+        "receivers": {"otlp": {"protocols": {"http": {"endpoint": otlp}}}},
         "exporters": {"jaeger_storage_exporter": {"trace_storage": "memory"}},
         "service": {
             "extensions": ["jaeger_storage", "jaeger_query"],
@@ -75,12 +72,12 @@ def read(url: str) -> Any:
 @contextmanager
 def jaeger(program: str, page: Path | None) -> Iterator[tuple[str, str]]:
     """Have Jaeger run, and give the URLs that it takes traces and shows them at."""
-    otlp, query = free_port(), free_port()
+    otlp, query, _ = ports = free_ports(3)
     shown = f"http://127.0.0.1:{query}"
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "jaeger.yaml"
         # JSON is YAML, too.
-        config.write_text(json.dumps(configuration(otlp, query, page)))
+        config.write_text(json.dumps(configuration(ports, page)))
         process = subprocess.Popen(
             [program, "--config", config],
             preexec_fn=die_with_parent,

@@ -309,9 +309,10 @@ class Service:
             self.transactional.init_transactions()
         for number in range(3):
             headers = [("traceparent", f"00-{7:032x}-{number + 1:016x}-01".encode())]
-            if number:  # what is read by the propagators
+            if number:  # the propagators read the baggage of the second only
                 start = b"kafka.pipeline=%d-orders" % (time.time() * 1000)
-                headers.append(("baggage", b"customer=7," + start))
+                more = b"customer=7," if number == 1 else b""
+                headers.append(("baggage", more + start))
             self.producer.send(self.source, b"%d" % number, b"key", headers)
         self.producer.flush()
         # Its own partitions, so that nothing waits for a group.

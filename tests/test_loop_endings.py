@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -341,3 +342,10 @@ def test_no_program_has_its_loops_end_otherwise_than_they_do(
 ) -> None:
     program = Program(data.draw, kind)
     check(program)
+
+
+def test_where_references_are_not_counted_none_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(sys, "getrefcount", raising=False)
+    assert loops.references_to_stops() == 0

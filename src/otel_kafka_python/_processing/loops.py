@@ -282,9 +282,10 @@ def references_to_stops() -> int:
     """The number of references to the exceptions that stop a program.
 
     Up to Python 3.11, an exception cannot be found while it is raised, but it holds its
-    class, so there is one more reference. Later, the classes are immortal.
+    class, so there is one more reference. Later, the classes are immortal. Other
+    interpreters count no references.
     """
-    if sys.version_info >= (3, 12):
+    if sys.version_info >= (3, 12) or not hasattr(sys, "getrefcount"):
         return 0
     return sys.getrefcount(KeyboardInterrupt) + sys.getrefcount(SystemExit)
 

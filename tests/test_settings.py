@@ -211,6 +211,7 @@ def test_a_receive_span_that_waits_for_its_hook_lasts_as_long_as_the_call(
     assert recorder.count(duration, messaging_operation_name="poll") == 1
 
 
+@pytest.mark.cpython
 def test_a_receive_span_whose_consumer_is_dropped_ends_with_the_next_operation(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -237,6 +238,7 @@ def test_the_consume_hook_is_not_called_for_batches(
     assert calls == []
 
 
+@pytest.mark.cpython
 def test_a_hook_that_raises_is_logged_once_and_harms_nobody(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, log: Log
 ) -> None:

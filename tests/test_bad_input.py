@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from kafka import KafkaConsumer, KafkaProducer
 from apache_broker import free_ports
 from clients import DEADLINE, VERSION, Clients, poll
 from conftest import Instrument
-from recorder import Recorder
+from otel_kafka_python import process_span
+from recorder import Recorder, attributes_of
 
 
 @pytest.mark.parametrize("client", [KafkaProducer, KafkaConsumer])
@@ -118,3 +121,55 @@ def test_a_client_without_a_configuration_is_traced_with_what_there_is(
     assert recorder.names() == [f"send {topic}"]
     (message,) = log.take()
     assert message.startswith("Failed to read the configuration of a client")
+
+
+@pytest.mark.parametrize("way", ["record", "batch"])
+def test_a_record_that_a_test_made_up_is_processed(
+    instrument: Instrument, recorder: Recorder, way: str
+) -> None:
+    instrument(capture_queue_time=True, capture_message_size=True, capture_headers="*")
+    made_up: Any = SimpleNamespace(
+        topic="topic",
+        partition=0,
+        offset=3,
+        timestamp=0,
+        key=b"k",
+        value=b"",
+        headers=[],
+    )
+    with process_span(made_up if way == "record" else [made_up, made_up]):
+        pass
+    (attributes,) = attributes_of([recorder.one("process topic")])
+    assert attributes["messaging.kafka.message.key"] == "k"
+
+
+class Silent(KafkaProducer):  # type: ignore[misc]  # untyped
+    def __del__(self) -> None:
+        """Do not close what was never opened."""
+
+
+def test_a_client_whose_init_never_ran_fails_as_it_does_without(
+    instrument: Instrument, recorder: Recorder
+) -> None:
+    consumer = KafkaConsumer.__new__(KafkaConsumer)
+    producer = Silent.__new__(Silent)
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: consumer.poll(0),
+        lambda: next(consumer),
+        lambda: next(iter(consumer)),
+        consumer.commit,
+        consumer.close,
+        lambda: producer.send("topic", b"value"),
+    )
+
+    def errors() -> list[str]:
+        raised = []
+        for use in uses:
+            with pytest.raises(Exception) as error:
+                use()
+            raised.append(repr(error.value))
+        return raised
+
+    plain = errors()
+    instrument()
+    assert errors() == plain

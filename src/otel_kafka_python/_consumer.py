@@ -10,7 +10,7 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python._attributes import queue_seconds, queue_time_attributes
-from otel_kafka_python._kafka import iterates_by_polls
+from otel_kafka_python._kafka import assigned_topics, iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
     Record,
@@ -169,7 +169,7 @@ class ConsumerWrappers:
         """
         try:
             template = self.telemetry.template(client, POLL, None, None)
-            topics = {partition.topic for partition in consumer.assignment()}
+            topics = assigned_topics(consumer)
             if template is None or (
                 topics and all(map(self.telemetry.config.excludes, topics))
             ):

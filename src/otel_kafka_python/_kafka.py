@@ -92,9 +92,15 @@ class Settings(NamedTuple):
     is_extended: bool
 
 
+def _config(instance: Any) -> dict[str, Any]:
+    """The configuration, which an instance lacks if its `__init__` never ran."""
+    config: dict[str, Any] = getattr(instance, "config", {})
+    return config
+
+
 def settings(instance: Any) -> Settings:
     """The configuration of a producer, a consumer, or a consumer's coordinator."""
-    config = instance.config
+    config = _config(instance)
     # A producer has the cluster's metadata itself; a consumer's network client has it.
     cluster = getattr(instance, "_metadata", None)
     network = getattr(instance, "_client", None)
@@ -103,7 +109,7 @@ def settings(instance: Any) -> Settings:
     if "bootstrap_servers" not in config:  # a coordinator, which has fewer settings
         # From 3.0, the settings are those of the network client's manager.
         manager: Any = getattr(network, "_manager", network)
-        config = {**manager.config, **config}
+        config = {**_config(manager), **config}
     return Settings(
         client_id=plain(config.get("client_id")),
         group=plain(config.get("group_id")),
@@ -120,7 +126,7 @@ def settings(instance: Any) -> Settings:
 
 def sends_headers(instance: Any) -> bool:
     """Whether the broker of a client supports records with headers."""
-    version = instance.config.get("api_version")
+    version = _config(instance).get("api_version")
     return not isinstance(version, tuple) or version >= _FIRST_VERSION_WITH_HEADERS
 
 
@@ -248,7 +254,14 @@ def offsets_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def iterates_by_polls(consumer: Any) -> bool:
     """Whether iteration polls inside; `legacy_iterator` (2.0 and ng) does not."""
-    return not consumer.config.get("legacy_iterator")
+    return not _config(consumer).get("legacy_iterator")
+
+
+def assigned_topics(consumer: Any) -> set[str]:
+    """The topics of the partitions that a consumer has."""
+    if not hasattr(consumer, "config"):  # its `__init__` never ran
+        return set()
+    return {partition.topic for partition in consumer.assignment()}
 
 
 def record_future_class() -> type:

@@ -112,7 +112,8 @@ def test_a_future_that_is_done_keeps_no_span(
         for each in gc.get_objects()
         if issubclass(type(each), PendingOperation) and each.span is not None
     ]
-    assert kept == []
+    # Those of an earlier test, which it has interrupted, may not have gone yet.
+    assert [each for each in kept if each.span.name == f"send {topic}"] == []
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

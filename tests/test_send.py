@@ -285,12 +285,17 @@ def test_bootstrap_servers_may_be_a_set(
     assert span.attributes["server.port"] == int(port)
 
 
+def freeze(broker: EmbeddedBroker) -> None:
+    os.kill(broker.pid, signal.SIGSTOP)
+    os.waitpid(broker.pid, os.WUNTRACED)  # until it has stopped, it may answer
+
+
 def test_what_send_raises_ends_the_span_and_is_no_attempt(
     instrumented: None, own_clients: Clients, own_broker: EmbeddedBroker,
     recorder: Recorder, topic: str,
 ) -> None:  # fmt: skip
     producer = own_clients.producer(**impatient())
-    os.kill(own_broker.pid, signal.SIGSTOP)
+    freeze(own_broker)
     with pytest.raises(kafka.errors.KafkaTimeoutError) as raised:
         producer.send(topic, b"value")
     assert_failed(recorder.one(f"send {topic}"), raised.value, "KafkaTimeoutError")
@@ -397,7 +402,7 @@ def test_messages_that_expire_before_they_are_sent_are_no_attempt(
         **impatient(linger_ms=0, max_in_flight_requests_per_connection=1)
     )
     producer.send(topic, b"warm").get(DEADLINE)
-    os.kill(own_broker.pid, signal.SIGSTOP)
+    freeze(own_broker)
     futures = [producer.send(topic, b"sent")]
     batch = next(iter(producer._accumulator._incomplete.all()))
     until(lambda: batch.drained is not None)

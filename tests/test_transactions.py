@@ -210,6 +210,8 @@ def test_offsets_of_several_topics_have_no_destination(
 ) -> None:
     offsets = committable(topic, 1) | committable(f"{topic}-other", 1)
     producer.begin_transaction()
+    for partition in offsets:  # a topic that is not there would be waited for
+        producer.send(partition.topic, b"value")
     producer.send_offsets_to_transaction(offsets, "group")
     producer.commit_transaction()
     (attributes,) = attributes_of([recorder.one("send_offsets_to_transaction")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bdb
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -211,10 +213,58 @@ def fail_while_traced(clients: Clients) -> None:
         sys.settrace(before)
 
 
+def fail_while_monitored(clients: Clients) -> None:
+    monitoring: Any = getattr(sys, "monitoring", None)
+    if monitoring is None:
+        pytest.skip("sys.monitoring is new in Python 3.12")
+    tool, events = monitoring.PROFILER_ID, monitoring.events
+    monitoring.use_tool_id(tool, "test")
+    monitoring.register_callback(tool, events.RAISE, lambda *_: None)
+    monitoring.set_events(tool, events.INSTRUCTION | events.LINE | events.RAISE)
+    try:
+        fail_in_call(clients)
+    finally:
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
+
+
+def fail_while_debugged(clients: Clients) -> None:
+    # As `pdb` steps through it.
+    class Stepper(bdb.Bdb):
+        def user_line(self, _: FrameType) -> None:
+            self.set_step()
+
+        def user_exception(self, *_: Any) -> None:
+            self.set_step()
+
+    before = sys.gettrace()
+    try:
+        Stepper().runcall(fail_in_call, clients)
+    finally:
+        sys.settrace(before)
+
+
+def fail_while_measured(clients: Clients) -> None:
+    measured = pytest.importorskip("coverage").Coverage(data_file=None, branch=True)
+    before = sys.gettrace()
+    measured.start()
+    try:
+        fail_in_call(clients)
+    finally:
+        measured.stop()
+        sys.settrace(before)
+
+
+def fail_in_greenlet(clients: Clients) -> None:
+    greenlet = pytest.importorskip("gevent").spawn(fail_in_call, clients)
+    greenlet.get()
+
+
 FAILURES = [
     fail_in_call, fail_in_subscript, fail_again, fail_for_another, fail_in_with,
     fail_in_finally, fail_in_module, fail_in_class, fail_in_coroutine,
-    fail_in_inner_loop, fail_in_generator, fail_while_traced,
+    fail_in_inner_loop, fail_in_generator, fail_while_traced, fail_while_monitored,
+    fail_while_debugged, fail_while_measured, fail_in_greenlet,
 ]  # fmt: skip
 
 

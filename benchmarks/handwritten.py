@@ -200,7 +200,7 @@ class HandWritten:
         if is_shared and key is not None:
             attributes["messaging.kafka.message.key"] = key.decode()
         links = []
-        for record in records[-128:]:
+        for record in records:
             extracted = propagate.extract(dict(record.headers), getter=GETTER)
             created = trace.get_current_span(extracted).get_span_context()
             about: dict[str, Any] = {"messaging.kafka.offset": record.offset}

@@ -37,6 +37,8 @@ exporters:
 
 def _unpack_prometheus(output: Path) -> None:
     scratch = output.parent
+    # A fresh machine has no lists of packages. Without root, those it has must do.
+    subprocess.run(["apt-get", "-q", "update"], check=False)
     subprocess.run(["apt-get", "-q", "download", "prometheus"], check=True, cwd=scratch)
     (package,) = scratch.glob("prometheus_*.deb")
     subprocess.run(["dpkg-deb", "--extract", package, output], check=True)

@@ -33,12 +33,12 @@ APPLICATION = """
     )
     from kafka import KafkaConsumer, KafkaProducer
     address, topic = sys.argv[1:3]
-    producer = KafkaProducer(bootstrap_servers=address)
+    # Up to 2.3 it would ask for the version, and not wait long for the answer.
+    config = dict(bootstrap_servers=address, api_version=(2, 5))
+    producer = KafkaProducer(**config)
     producer.send(topic, b"value").get(30)
     producer.close()
-    consumer = KafkaConsumer(
-        topic, bootstrap_servers=address, auto_offset_reset="earliest"
-    )
+    consumer = KafkaConsumer(topic, auto_offset_reset="earliest", **config)
     for record in consumer:
         print("headers", [name for name, _ in record.headers])
         break

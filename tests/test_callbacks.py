@@ -19,6 +19,8 @@ from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Recorder
 
+pytestmark = pytest.mark.one_broker
+
 
 def unsent() -> FutureRecordMetadata:
     """A future that the test completes: no broker does so at a known moment."""

@@ -16,6 +16,8 @@ from otel_kafka_python import _config, process_span
 from otel_kafka_python._attributes import header_attributes, queue_seconds
 from recorder import Recorder, attributes_of
 
+pytestmark = pytest.mark.one_broker
+
 SIZE = "messaging.message.body.size"
 QUEUE_TIME = "kafka.record.queue_time"
 QUEUE_TIME_MS = "kafka.record.queue_time_ms"

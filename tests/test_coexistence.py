@@ -18,6 +18,8 @@ from otel_kafka_python import KafkaPythonInstrumentor
 from recorder import Log, Recorder
 from scripts import run
 
+pytestmark = pytest.mark.one_broker
+
 WARNING = "opentelemetry-instrumentation-kafka-python was active too"
 
 # Sends one message, takes it in a loop, and says who has traced what.

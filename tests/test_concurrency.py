@@ -31,6 +31,8 @@ from otel_kafka_python import KafkaPythonInstrumentor, _operation, process_span
 from recorder import Log, Recorder
 from scripts import run, run_recorded
 
+pytestmark = pytest.mark.one_broker
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -327,7 +329,6 @@ FORK = """
 
 
 @needs_fork
-@pytest.mark.one_broker  # kafka-python 3 takes seconds to leave the child
 def test_a_parent_and_its_forked_child_end_each_their_own_spans(
     clients: Clients, topic: str
 ) -> None:

@@ -32,6 +32,8 @@ from conftest import Instrument
 from otel_kafka_python import process_span
 from recorder import Recorder
 
+pytestmark = pytest.mark.one_broker
+
 RECORDED: dict[str, int] = json.loads((Path(__file__).parent / "cost.json").read_text())
 PACKAGE = str(Path(otel_kafka_python.__file__).parent)
 MESSAGES = 100

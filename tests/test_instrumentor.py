@@ -30,6 +30,8 @@ from otel_kafka_python.package import _instruments_any
 from recorder import Log, Recorder
 from scripts import run
 
+pytestmark = pytest.mark.one_broker
+
 PATCHED = [
     (KafkaProducer, "send"),
     (KafkaConsumer, "poll"),

@@ -14,6 +14,8 @@ from clients import DEADLINE, Clients
 from conformance import Seen, check_spans
 from scripts import run
 
+pytestmark = pytest.mark.one_broker
+
 APPLICATION = """
     import sys
     from kafka import KafkaConsumer, KafkaProducer

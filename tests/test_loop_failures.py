@@ -24,6 +24,8 @@ from otel_kafka_python import process_span
 from otel_kafka_python._processing import loops
 from recorder import Log, Recorder
 
+pytestmark = pytest.mark.one_broker
+
 NAMES = sys.version_info >= (3, 12)
 
 

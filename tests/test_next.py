@@ -24,6 +24,8 @@ from otel_kafka_python._processing.scopes import Scope
 from recorder import Recorder
 from scripts import run
 
+pytestmark = pytest.mark.one_broker
+
 
 def ids(spans: list[ReadableSpan]) -> list[int | None]:
     return [span.context and span.context.span_id for span in spans]

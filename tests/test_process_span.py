@@ -23,6 +23,8 @@ from otel_kafka_python import KafkaPythonInstrumentor, _config, process_span
 from recorder import Log, Recorder, attributes_of
 from scripts import run
 
+pytestmark = pytest.mark.one_broker
+
 
 class RefusedError(Exception):
     """What an application raises."""

@@ -38,6 +38,8 @@ from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from otel_kafka_python._processing.scopes import innermost
 from recorder import Recorder, attributes_of
 
+pytestmark = pytest.mark.one_broker
+
 COUNT = 6
 
 

@@ -17,6 +17,8 @@ from otel_kafka_python import KafkaPythonInstrumentor, _endings, process_span
 from otel_kafka_python._config import Config
 from recorder import Log, Recorder, attributes_of
 
+pytestmark = pytest.mark.one_broker
+
 
 @pytest.mark.parametrize("way", ["loop", "next", "list", "poll", "poll and loop"])
 def test_excluded_topics_are_left_alone(

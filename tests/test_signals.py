@@ -19,9 +19,10 @@ from otel_kafka_python import _safety, process_span
 from recorder import Log, Recorder
 from scripts import run
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(signal, "SIGALRM"), reason="signals of POSIX"
-)
+pytestmark = [
+    pytest.mark.one_broker,
+    pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="signals of POSIX"),
+]
 
 
 class TimeLimit(Exception):  # noqa: N818 (a limit, as libraries name it)

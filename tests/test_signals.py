@@ -7,15 +7,18 @@ main thread, those of telemetry too.
 from __future__ import annotations
 
 import functools
+import gc
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
+from opentelemetry import trace
 
 from clients import Clients
 from conftest import Instrument
-from otel_kafka_python import _safety, process_span
+from otel_kafka_python import _consumer, _safety, process_span
 from recorder import Log, Recorder
 from scripts import run
 
@@ -122,6 +125,29 @@ def test_it_passes_the_hooks_of_a_consumer_whose_spans_end(
     assert recorder.open() == []
     assert len(recorder.named(f"poll {topic}")) == 1
     assert len(recorder.named(f"process {topic}")) == 1
+
+
+def test_once_it_is_handled_the_loop_that_it_has_ended_is_gone(
+    handle: Handle,
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the garbage collector, which may be late, and run on another thread."""
+    handle(raise_limit)
+    monkeypatch.setattr(_consumer, "_count_records", strike)
+    clients.send(b"1")
+    consumer = clients.consumer()
+    gc.disable()
+    try:
+        with suppress(TimeLimit):
+            for _ in consumer:
+                pytest.fail("there is a time limit")
+        assert recorder.open() == []
+        assert trace.get_current_span() is trace.INVALID_SPAN
+    finally:
+        gc.enable()
 
 
 def test_it_passes_what_a_failing_key_and_an_odd_record_are_asked_in(

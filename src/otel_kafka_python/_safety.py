@@ -56,15 +56,22 @@ def raise_signalled() -> None:
     The traceback of such an exception has the frame of an installed handler. The search
     for that frame costs nothing while nothing fails.
     """
-    error = sys.exc_info()[1]
+    # In a local variable here, the exception would be part of a reference cycle and
+    # would keep the frames of its traceback, and with them the iterator of a loop.
+    if _is_signalled(sys.exc_info()[1]):
+        raise  # noqa: PLE0704 (the exception being handled)
+
+
+def _is_signalled(error: BaseException | None) -> bool:
     if error is None:
-        return
+        return False
     handlers = set(_handlers())
     entry = error.__traceback__
     while entry is not None:
         if entry.tb_frame.f_code in handlers:
-            raise error
+            return True
         entry = entry.tb_next
+    return False
 
 
 def _handlers() -> Iterator[CodeType]:

@@ -33,6 +33,16 @@ class Failed(Exception):  # noqa: N818 (it is what it is)
     """What a body raises."""
 
 
+@pytest.fixture(autouse=True)
+def _no_collection_by_chance() -> Iterator[None]:
+    """A loop that ends while another thread collects may be taken for a dropped one."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(100_000, *before[1:])
+    yield
+    gc.set_threshold(*before)
+
+
 def polled(clients: Clients) -> Any:
     ((_, records),) = poll(clients.consumer()).items()
     return records

@@ -145,6 +145,7 @@ def test_an_unchanged_application_is_traced_and_measured(
     }
 
 
+@pytest.mark.two_clients
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
 def test_greenlets_of_a_program_that_patches_itself_are_traced(
     clients: Clients, receiver: OtlpProtoTestServer, topic: str, library: str

@@ -458,7 +458,9 @@ def test_messages_that_are_dropped_before_send_has_returned_are_no_attempt(
     producer = clients.producer(linger_ms=int(DEADLINE * 1000))
     future = producer.send(topic, b"dropped")
     assert_failed(recorder.one(f"send {topic}"), future.exception, "IllegalStateError")
-    assert recorder.count("messaging.client.sent.messages") == 0
+    # 2.2 drains it for a broker that is ready, and may have sent it.
+    attempts = recorder.count("messaging.client.sent.messages")
+    assert attempts == 0 or VERSION[:2] == (2, 2)
     KafkaPythonInstrumentor().uninstrument()
 
 

@@ -53,7 +53,10 @@ _taken: set[Block] = set()
 
 
 def example(page: str, containing: str, language: str = "python") -> str:
-    """The code of the one block of a page that contains something."""
+    """The code of the one block of a page that contains something.
+
+    Every process of the tests calls this for every block, while it imports this module.
+    """
     (found,) = [
         block
         for block in BLOCKS
@@ -66,6 +69,7 @@ def example(page: str, containing: str, language: str = "python") -> str:
 # Programs: what is started as the page has it, in a directory of its own.
 
 APPLICATION = example("README", "a lamp")
+DISABLED = example("settings", "enabled: false", "yaml")
 INSTALL = example("README", "git+https", "sh")
 START_BROKER = example("README", "noida-db up", "sh")
 INSTALL_EXPORTER = example("README", "install opentelemetry-exporter", "sh")
@@ -274,10 +278,13 @@ def test_the_spans_can_be_printed(programs: Programs, topic: str) -> None:
     assert f'"name": "process {topic}"' in printed
 
 
+WITHOUT_HEADERS = example("troubleshooting", "PROPAGATION_EXCLUDED", "sh")
+
+
 def test_no_headers_are_put_on_the_messages_to_a_topic(
     programs: Programs, clients: Clients, topic: str
 ) -> None:
-    setting = example("troubleshooting", "PROPAGATION_EXCLUDED", "sh")
+    setting = WITHOUT_HEADERS
     programs.write(app=UNTIL_SHIPPED)
     programs.run(setting.replace("reports", topic) + LAUNCH)
     (record,) = poll_records(clients.consumer(), 1)
@@ -290,8 +297,7 @@ def test_the_launcher_finds_three_entry_points(programs: Programs) -> None:
 
 def test_the_configuration_file_turns_this_package_off(tmp_path: Path) -> None:
     path = tmp_path / "configuration.yaml"
-    disabled = example("settings", "enabled: false", "yaml")
-    path.write_text(f'file_format: "1.1"\n{disabled}')
+    path.write_text(f'file_format: "1.1"\n{DISABLED}')
     assert _config.disabled_in_file({"OTEL_CONFIG_FILE": str(path)})
 
 
@@ -576,8 +582,11 @@ def test_work_that_a_loop_submits_is_in_the_messages_trace(
     assert len(traces(shop)) == 3
 
 
+SUBMITS = example("threads", "pool.submit")
+
+
 def test_work_that_a_loop_submits_is_in_no_trace_without_it(shop: Shop) -> None:
-    shop.run(example("threads", "pool.submit"))
+    shop.run(SUBMITS)
     assert len(shop.shipped) == 3
     assert not any(context.is_valid for _, context in shop.shipped)
 
@@ -768,11 +777,14 @@ log.setLevel("INFO")
 """
 
 
+LAUNCH_WITH_IDS = example("logs", "LOG_CORRELATION", "sh")
+
+
 def test_log_lines_have_the_trace_id_under_the_launcher(
     programs: Programs, receiver: OtlpProtoTestServer, topic: str
 ) -> None:
     programs.write(app=LOGGED + UNTIL_SHIPPED.replace("print(", "log.info('%s %s', "))
-    variables = example("logs", "LOG_CORRELATION", "sh")
+    variables = LAUNCH_WITH_IDS
     logged = programs.run(f"{variables}{LAUNCH.strip()} 2>&1")
     assert "Traceback" not in logged
     (trace_id,) = re.findall(r"trace_id=(\w{32}) .* shipping a lamp", logged)
@@ -960,11 +972,14 @@ def test_a_slow_workers_orders_are_seen_to_wait(
     ]
 
 
+SEE_TRACES = example("see-traces", "python app.py", "sh")
+
+
 def test_traces_go_to_a_backend_on_this_machine(
     programs: Programs, receiver: OtlpProtoTestServer, topic: str
 ) -> None:
     programs.write(app=UNTIL_SHIPPED)
-    command = example("see-traces", "python app.py", "sh")
+    command = SEE_TRACES
     assert ":4318" in command
     programs.run(command.replace(":4318", f":{receiver.port}"))
     assert names(receiver.get_spans(2, DEADLINE)) == [
@@ -1090,9 +1105,15 @@ def test_what_is_to_be_installed_exists(line: str) -> None:
         assert distribution(name).version
 
 
-@pytest.mark.parametrize("line", ["tox -q -e demo", "tox -q -e tests"])
+README_LINES = {
+    line: example("README", line, "sh")
+    for line in ("tox -q -e demo", "tox -q -e tests")
+}
+
+
+@pytest.mark.parametrize("line", README_LINES)
 def test_ci_runs_the_readmes_lines(line: str) -> None:
-    assert example("README", line, "sh").count("\n") == 1
+    assert README_LINES[line].count("\n") == 1
     assert f"grep -m 1 -- '{line}' README.md" in (ROOT / ".ci" / "run").read_text()
 
 

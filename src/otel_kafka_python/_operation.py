@@ -256,13 +256,17 @@ class Operation(Endable):
                         span.end(since_epoch + elapsed)
             except Exception:
                 report("end a span")
-        if measured and self.template.duration is not None:
-            self._measure(self.template.duration, elapsed, partition, messages)
+        if measured:
+            self._measure(elapsed, partition, messages)
+        if self.is_answered:
+            # Up to 2.1, a future keeps its callbacks. The application may keep the
+            # future.
+            self.span = None
 
-    def _measure(
-        self, duration: Histogram, elapsed: int, partition: int | None, messages: int
-    ) -> None:
+    def _measure(self, elapsed: int, partition: int | None, messages: int) -> None:
         template, span = self.template, self.span
+        if template.duration is None:
+            return
         try:
             attributes, tally = template.metrics(partition)
             if self.error_type is not None:
@@ -275,7 +279,7 @@ class Operation(Endable):
             context = self._without_span
             if span is not None:
                 context = Context({SPAN_KEY: span})
-            duration.record(elapsed / 1e9, attributes, context)
+            template.duration.record(elapsed / 1e9, attributes, context)
         except Exception:
             report("record a metric")
 
@@ -391,26 +395,6 @@ class PendingOperation(Operation):
     def _known_attributes(self) -> Attributes:
         """The attributes of a span whose operation has no answer."""
         return self.template.end_attributes
-
-    def end_claimed(
-        self,
-        attributes: Mapping[str, Any] | None = None,
-        *,
-        ended: int | None = None,
-        measured: bool = True,
-        partition: int | None = None,
-        messages: int = 0,
-    ) -> None:
-        """End it, as `end` does, and release the span; the caller has claimed it."""
-        super().end_claimed(
-            attributes,
-            ended=ended,
-            measured=measured,
-            partition=partition,
-            messages=messages,
-        )
-        # Up to 2.1, a future keeps its callbacks. The application may keep the future.
-        self.span = None
 
     def abandon(self, ended: int) -> None:
         """End it without knowing the broker's answer."""

@@ -110,28 +110,10 @@ class PipelineScope(Scope):
         self.way = way
         super().__init__(template, span, started)
 
-    def end_claimed(
-        self,
-        attributes: Mapping[str, Any] | None = None,
-        *,
-        ended: int | None = None,
-        measured: bool = True,
-        partition: int | None = None,
-        messages: int = 0,
-    ) -> None:
-        """End it, as `end` does, and measure; the caller has claimed it."""
-        if ended is None:
-            ended = time.monotonic_ns()
-        super().end_claimed(
-            attributes,
-            ended=ended,
-            measured=measured,
-            partition=partition,
-            messages=messages,
-        )
-        since_epoch, began = self.started
+    def _measure(self, elapsed: int, partition: int | None, messages: int) -> None:
+        super()._measure(elapsed, partition, messages)
         context = None if self.span is None else Context({SPAN_KEY: self.span})
-        measure(self.way.arrivals, since_epoch + ended - began, context)
+        measure(self.way.arrivals, self.started[0] + elapsed, context)
 
 
 def start_without_span() -> Start | None:

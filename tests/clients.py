@@ -25,7 +25,7 @@ sends_large = pytest.mark.skipif(
 )
 
 # No test waits this long for anything that happens.
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped

@@ -44,7 +44,7 @@ RATE_INTERVAL = "5s"
 # More orders come than can be paid: these every so many seconds, and a checkout.
 RUSH = "10"
 PACE = 0.6
-PATIENCE = 4 * DEADLINE
+PATIENCE = 2 * DEADLINE
 
 # For the service `orders`: more to send, and a producer that has no luck at all.
 PREPARE = "unlucky = KafkaProducer(bootstrap_servers=os.environ['BROKER'], "

@@ -416,6 +416,7 @@ THREADS = 16
 
 
 @pytest.mark.one_broker
+@pytest.mark.two_clients
 def test_many_threads_lose_no_count(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

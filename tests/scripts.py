@@ -19,6 +19,9 @@ HERE = Path(__file__).parent
 PATHS = (HERE, HERE.parent / "examples")
 TIMEOUT = 300
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
 # A recorder that tells, after everything else has run, what it has seen. The
 # handler is registered first, so that it runs last.
 PREAMBLE = """

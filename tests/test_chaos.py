@@ -29,6 +29,7 @@ import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
 from opentelemetry import _logs, baggage, context, metrics, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -837,6 +838,8 @@ BEHIND: dict[str, tuple[tuple[Any, str], ...]] = {
     "propagator's inject": ((TraceContextTextMapPropagator, "inject"),),
     "propagator's extract": ((TraceContextTextMapPropagator, "extract"),),
     "propagator's fields": ((TraceContextTextMapPropagator, "fields"),),
+    "baggage propagator's inject": ((W3CBaggagePropagator, "inject"),),
+    "baggage propagator's extract": ((W3CBaggagePropagator, "extract"),),
     "runtime context": (
         (ContextVarsRuntimeContext, "attach"),
         (ContextVarsRuntimeContext, "detach"),

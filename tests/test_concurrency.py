@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import multiprocessing
-import os
 import queue
 import sys
 import threading
@@ -29,12 +28,9 @@ from conftest import Instrument
 from deliveries import carried, ids, until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, _operation, process_span
 from recorder import Log, Recorder
-from scripts import run, run_recorded
+from scripts import forks, needs_fork, run, run_recorded
 
 pytestmark = pytest.mark.one_broker
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 THREADS, MESSAGES = 16, 50
 

@@ -22,7 +22,7 @@ from deliveries import until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, _endings, _metrics
 from otel_kafka_python._operation import PendingOperation
 from recorder import Recorder
-from scripts import run, run_recorded
+from scripts import forks, needs_fork, run, run_recorded
 
 
 def pending(topic: str) -> FutureRecordMetadata:
@@ -116,8 +116,8 @@ def test_a_future_that_is_done_keeps_no_span(
     assert [each for each in kept if each.span.name == f"send {topic}"] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@forks
+@needs_fork
 def test_a_forked_child_drops_what_its_parent_has_started(
     forgetful: None,
     instrument: Instrument,
@@ -142,8 +142,8 @@ def test_a_forked_child_drops_what_its_parent_has_started(
     assert recorder.open() == []
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@forks
+@needs_fork
 @pytest.mark.cpython
 def test_a_child_forked_in_a_loop_leaves_the_loops_span_to_its_parent(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
@@ -313,8 +313,8 @@ def test_an_exit_ends_the_spans_before_their_provider_shuts_down(
     assert done.stdout.split("\n")[:2] == ["ended", "shut down"], done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@forks
+@needs_fork
 def test_a_fork_while_another_thread_counts_lets_the_child_count() -> None:
     held, forked = threading.Event(), threading.Event()
 

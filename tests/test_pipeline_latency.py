@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,8 +22,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import _pipeline, process_span
+from otel_kafka_python import _endings, _pipeline, process_span
 from recorder import Log, Recorder
+from scripts import forks, needs_fork
 
 LATENCY = "kafka.pipeline.latency"
 DAY = 24 * 3600.0
@@ -460,6 +464,80 @@ def test_a_held_record_is_measured_once(
     assert sources(recorder) == {"orders": 1}
     let_go(clients.producer(), topic)
     assert sources(recorder) == {"orders": 1}
+
+
+def sources_in_child(recorder: Recorder, work: Callable[[], object]) -> dict[Any, int]:
+    """As `sources`, in a forked child that has done some work."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE))
+        try:
+            work()
+            os.write(writing, json.dumps(sources(recorder)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        found = json.load(told)
+    os.waitpid(child, 0)
+    assert isinstance(found, dict)
+    return found
+
+
+@forks
+@needs_fork
+@pytest.mark.one_broker
+def test_a_forked_child_measures_what_it_consumes_and_its_parent_does_not(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    clients.send(b"value")
+    assert sources_in_child(recorder, lambda: loop(clients)) == {topic: 1}
+    let_go(clients.producer(), topic)
+    assert recorder.points(LATENCY) == []
+
+
+@forks
+@needs_fork
+@pytest.mark.one_broker
+def test_a_forked_child_leaves_to_its_parent_what_that_has_begun(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    consumer = clients.consumer()
+    poll(consumer)
+    for _ in clients.consumer():
+        assert sources_in_child(recorder, _endings.abandon_all) == {}
+        break
+    consumer.close()
+    let_go(clients.producer(), topic)
+    assert sources(recorder) == {"orders": 2}
+
+
+@forks
+@needs_fork
+@pytest.mark.one_broker
+def test_limit_what_another_process_processes_is_measured_at_its_handover_too(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    consumer = clients.consumer(group_id=topic)
+    records = poll_records(consumer, 1)
+
+    def process() -> None:
+        with process_span(records):
+            pass
+        (point,) = recorder.points(LATENCY)
+        assert "messaging.consumer.group.name" not in point.attributes
+
+    assert sources_in_child(recorder, process) == {"orders": 1}
+    consumer.close()
+    let_go(clients.producer(), topic)
+    (point,) = recorder.points(LATENCY, messaging_consumer_group_name=topic)
+    assert point.count == 1
 
 
 def test_the_capture_of_headers_never_shows_it(

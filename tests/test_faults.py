@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import kafka.errors
@@ -56,6 +56,9 @@ IMPATIENT: dict[str, Any] = {
 
 EXACTLY_ONCE: dict[str, Any] = {"enable_idempotence": True, "acks": "all"}
 
+LATENCY = "kafka.pipeline.latency"
+MILLISECOND = 1_000_000  # in nanoseconds
+
 # So many messages are sent before a fault, and so many after it.
 MANY = 2000
 
@@ -84,6 +87,12 @@ def own_clients(own_broker: ApacheBroker, topic: str) -> Iterator[Clients]:
 def clients_of(broker: ApacheBroker, topic: str) -> Clients:
     """Clients that look often for a broker that has gone."""
     return Clients(broker.address, topic, reconnect_backoff_max_ms=200)
+
+
+@pytest.fixture
+def instrumented(instrument: Instrument) -> None:
+    """Has what is told of pipelines be the truth, too."""
+    instrument(pipeline_latency=True)
 
 
 @contextmanager
@@ -147,6 +156,34 @@ def assert_goes_on_to_process(
     assert linked == {(each.partition, each.offset): carried(each) for each in records}
     assert len(recorder.named(f"process {topic}")) == len(records)
     assert recorder.count("messaging.client.consumed.messages") == len(records)
+    assert_each_pipeline_is_measured(recorder, topic, records)
+    sends = recorder.named(f"send {topic}")
+    began = {ids(each): (each.start_time or 0) // MILLISECOND for each in sends}
+    assert {carried(each): start_of(each) for each in records} == {
+        each: (began[each], topic) for each in map(carried, records) if each
+    }
+
+
+def start_of(record: Any) -> tuple[int, str]:
+    """When its pipeline began, in milliseconds, and in which topic."""
+    name, _, start = dict(record.headers)["baggage"].decode().partition("=")
+    assert name == "kafka.pipeline"
+    began, _, source = start.partition("-")
+    return int(began), source
+
+
+def assert_each_pipeline_is_measured(
+    recorder: Recorder, topic: str, records: list[Any]
+) -> None:
+    """Once for each processing, with the time since the start that came with it."""
+    began = {(each.partition, each.offset): start_of(each)[0] for each in records}
+    spans = recorder.named(f"process {topic}")
+    took = sum(
+        (each.end_time or 0) - began[place_of(each)] * MILLISECOND for each in spans
+    )
+    (point,) = recorder.points(LATENCY, messaging_destination_name=topic)
+    assert point.count == len(spans) == len(records)
+    assert point.sum == pytest.approx(took / 1e9)
 
 
 def place_of(span: ReadableSpan) -> tuple[int, int]:
@@ -215,6 +252,44 @@ def test_frozen_and_thawed_in_time_every_span_lasts_until_then(
         if (span.attributes or {})["messaging.kafka.message.key"] in waiting:
             assert (span.start_time or 0) < thawed < (span.end_time or 0)
     assert_goes_on_to_process(consumer, recorder, topic, records)
+
+
+@two_clients
+def test_frozen_in_the_middle_of_a_pipeline_each_processing_is_measured_once(
+    instrumented: None,
+    own_broker: ApacheBroker,
+    own_clients: Clients,
+    node: Node,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    target = f"{topic}-next"
+    clients_of(own_broker, target).create_topic(1)
+    first = send_each(own_clients.producer(**EXACTLY_ONCE), topic, ["0", "1", "2"])
+    _, received = settle(own_clients, recorder, first)
+    gives_up = {**IMPATIENT, "request_timeout_ms": 500, "delivery_timeout_ms": 1000}
+    producer = own_clients.producer(**gives_up)
+    handed_on: dict[str, Any] = {}
+    for record in own_clients.finite(len(received)):
+        with frozen(node) if record.offset == 1 else nullcontext():
+            key = f"{record.offset}"
+            handed_on |= send_each(producer, target, [key])
+            with suppress(kafka.errors.KafkaError):
+                handed_on[key].get(DEADLINE)
+    until_all_have_ended(recorder)
+    records = held_records(own_clients, target)
+    outcomes = assert_the_truth(recorder, target, handed_on, records)
+    assert "1" in outcomes.failed
+    # What has failed is measured only if it was written all the same.
+    for record in own_clients.consumer(target):
+        if record.offset == len(records) - 1:
+            break
+    assert_each_pipeline_is_measured(recorder, topic, received)
+    assert_each_pipeline_is_measured(recorder, target, records)
+    starts = {f"{each.offset}": start_of(each) for each in received}
+    assert {source for _, source in starts.values()} == {topic}
+    for each in records:
+        assert start_of(each) == starts[each.key.decode()]
 
 
 @two_clients

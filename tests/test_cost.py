@@ -43,6 +43,13 @@ ROUNDS = 5
 # And what a client keeps for other reasons than its messages does not show among many.
 KEPT = 1000
 
+# What each of these is set up with, and how `cost.json` calls it.
+pipelines = pytest.mark.parametrize(
+    ("settings", "so"),
+    [({}, ""), ({"pipeline_latency": True}, " with the latency of pipelines")],
+    ids=["default", "pipelines"],
+)
+
 
 class CallCounter:
     """Counts the calls of our functions and those that they make, in all threads."""
@@ -94,9 +101,15 @@ def assert_not_grown(what: str, number: int) -> None:
     )
 
 
+@pipelines
 def test_the_calls_of_a_send(
-    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    settings: dict[str, Any],
+    so: str,
 ) -> None:
+    instrument(**settings)
     counter = CallCounter()
     counter.start()  # before the producer starts its sender
     try:
@@ -113,12 +126,18 @@ def test_the_calls_of_a_send(
         future.add_both(lambda _: acknowledged.set())
         assert acknowledged.wait(DEADLINE)
 
-    assert_not_grown("calls of a send", counter.count(work))
+    assert_not_grown(f"calls of a send{so}", counter.count(work))
 
 
+@pipelines
 def test_the_calls_of_a_looped_record(
-    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    settings: dict[str, Any],
+    so: str,
 ) -> None:
+    instrument(**settings)
     clients.send(*(b"value",) * (MESSAGES * ROUNDS + 1), key=b"key")
     iterator = iter(clients.consumer())
     for _ in iterator:
@@ -129,12 +148,18 @@ def test_the_calls_of_a_looped_record(
             if record.offset % MESSAGES == 0:
                 break
 
-    assert_not_grown("calls of a looped record", CallCounter().count(work))
+    assert_not_grown(f"calls of a looped record{so}", CallCounter().count(work))
 
 
+@pipelines
 def test_the_calls_of_a_polled_record(
-    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    settings: dict[str, Any],
+    so: str,
 ) -> None:
+    instrument(**settings)
     clients.send(*(b"value",) * MESSAGES, key=b"key")
     consumer = clients.consumer()
     poll_records(consumer, MESSAGES)
@@ -143,7 +168,7 @@ def test_the_calls_of_a_polled_record(
         consumer.seek_to_beginning()
         poll_records(consumer, MESSAGES)
 
-    assert_not_grown("calls of a polled record", CallCounter().count(work))
+    assert_not_grown(f"calls of a polled record{so}", CallCounter().count(work))
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])

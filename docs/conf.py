@@ -28,6 +28,7 @@ html_theme = "furo"
 html_title = f"otel-kafka-python {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["labels.js"]
 html_show_copyright = False
 html_theme_options = {
     "source_repository": repository,

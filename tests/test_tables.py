@@ -215,7 +215,7 @@ def test_the_log_events_are_those_of_the_table() -> None:
 
 def test_the_table_of_settings_is_complete() -> None:
     documented = {}
-    for names, variable, default, _ in table("README", "Settings"):
+    for names, variable, default, _ in table("settings", "All settings"):
         for name in code_in(names):
             documented[name] = (variable.strip("`"), default.strip("`"))
     for provider in ("tracer_provider", "meter_provider", "logger_provider"):

@@ -909,6 +909,30 @@ def test_the_garbage_collector_ends_no_span_itself(
     assert recorder.open() == []
 
 
+@pytest.mark.cpython
+def test_a_loop_that_the_garbage_collector_finds_keeps_no_record(
+    produced: Clients, instrumented: None
+) -> None:
+    """Its operation waits for the next one, and a task may keep its context."""
+
+    class Service:
+        def run(self) -> Iterator[Any]:
+            for _ in produced.consumer():
+                yield contextvars.copy_context()
+
+    service: Any = Service()
+    service.stream = service.run()
+    service.itself = service
+    for copied in service.stream:
+        scope = copied.run(innermost.get)
+        break
+    assert scope is not None
+    assert len(scope.messages.records) == 1
+    del service
+    collect()
+    assert scope.messages.records == ()
+
+
 def test_a_pool_that_resumes_a_generator_has_nothing_attached(
     produced: Clients, instrumented: None, recorder: Recorder, topic: str
 ) -> None:

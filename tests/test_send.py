@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import os
 import signal
@@ -27,7 +28,7 @@ from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
 from deliveries import assert_failed
 from otel_kafka_python import KafkaPythonInstrumentor
-from recorder import Log, Recorder
+from recorder import Log, Recorder, attributes_of
 
 # Of the broker's limit, and above it; the client's own limit is lifted.
 TOO_LARGE = 3_000_000
@@ -747,8 +748,36 @@ class _Partition(enum.IntEnum):
     SECOND = 1
 
 
+@functools.total_ordering
+class _Integer:
+    """An integer of another kind than Python's, as NumPy has them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return self.number == other
+
+    def __lt__(self, other: int) -> bool:
+        return self.number < other
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+    def __int__(self) -> int:
+        return self.number
+
+    def __index__(self) -> int:
+        return self.number
+
+
 @pytest.mark.parametrize(
-    ("first", "second"), [(False, True), (_Partition.FIRST, _Partition.SECOND)]
+    ("first", "second"),
+    [
+        (False, True),
+        (_Partition.FIRST, _Partition.SECOND),
+        (_Integer(0), _Integer(1)),
+    ],
 )
 def test_a_partition_is_its_number_whatever_its_type(
     instrumented: None,
@@ -776,3 +805,14 @@ def test_a_partition_is_its_number_whatever_its_type(
             )
             == 2
         )
+
+
+@pytest.mark.parametrize("partition", [0.5, "0"])
+def test_a_partition_that_is_no_number_of_one_is_left_out(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, partition: Any
+) -> None:
+    clients.create_topic(1)
+    with pytest.raises(Exception):  # noqa: B017 (each version has another)
+        clients.producer().send(topic, b"value", partition=partition).get(DEADLINE)
+    (attributes,) = attributes_of([recorder.one(f"send {topic}")])
+    assert "messaging.destination.partition.id" not in attributes

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from kafka import TopicPartition
 from opentelemetry import trace
 
 from clients import Clients, poll
@@ -64,6 +65,23 @@ def test_an_excluded_topic_beside_another_is_as_if_absent(
         consumer.seek_to_beginning(*consumer.assignment())
     (attributes,) = attributes_of([recorder.one(f"poll {topic}")])
     assert attributes["messaging.batch.message_count"] == 1
+
+
+@pytest.mark.parametrize("excluded", ["neither", "one", "both"])
+def test_a_failed_poll_is_traced_unless_all_of_its_topics_are_excluded(
+    instrument: Instrument, clients: Clients, recorder: Recorder, excluded: str
+) -> None:
+    topics = [f"{clients.topic}-{letter}" for letter in "ab"]
+    number = {"neither": 0, "one": 1, "both": 2}[excluded]
+    instrument(excluded_topics=topics[:number])
+    consumer = clients.consumer()
+    consumer.unsubscribe()
+    consumer.assign([TopicPartition(each, 0) for each in topics])
+    with pytest.raises((AssertionError, TypeError)):  # 2.x, 3.x
+        consumer.poll(max_records=1.5)
+    traced = int(number < 2)
+    assert recorder.names() == ["poll"] * traced
+    assert recorder.count("messaging.client.operation.duration") == traced
 
 
 def test_the_produce_hook_is_called_once_with_span_and_arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -153,3 +154,47 @@ def test_at_the_exit_spans_that_wait_are_exported(clients: Clients, topic: str) 
         topic,
     )
     assert done.stdout.splitlines() == [f"send {topic}"] * 5, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_exports_its_own_spans(clients: Clients, topic: str) -> None:
+    """Even if another thread was about to have a span exported at the fork."""
+    done = run(
+        """
+        import os, sys
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import (
+            SimpleSpanProcessor, SpanExporter, SpanExportResult,
+        )
+
+        class Printing(SpanExporter):
+            def export(self, spans):
+                print(os.getpid() == parent, spans[0].name, flush=True)
+                return SpanExportResult.SUCCESS
+
+        parent = os.getpid()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(Printing()))
+        from otel_kafka_python import KafkaPythonInstrumentor, _span_ends
+        KafkaPythonInstrumentor().instrument(tracer_provider=provider)
+        from kafka import KafkaProducer
+
+        def send():
+            producer = KafkaProducer(bootstrap_servers=sys.argv[1])
+            producer.send(sys.argv[2], b"value").get(30)
+            producer.close()
+
+        send()
+        _span_ends._lock.acquire()
+        child = os.fork()
+        if child == 0:
+            send()
+        else:
+            _span_ends._lock.release()
+            os.waitpid(child, 0)
+        """,
+        clients.address,
+        topic,
+    )
+    told = [f"True send {topic}", f"False send {topic}"]
+    assert done.stdout.splitlines() == told, done.stderr

@@ -65,6 +65,7 @@ def run(
     if launched:
         launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
         command = [str(launcher), *command]
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -73,7 +74,7 @@ def run(
         env={
             **os.environ,
             "PYTHONFAULTHANDLER": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (*paths, *PATHS))),
+            "PYTHONPATH": os.pathsep.join((*map(str, (*paths, *PATHS)), *inherited)),
             **(environ or {}),
         },
     )

@@ -7,6 +7,7 @@ import os
 import signal
 import textwrap
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,25 @@ def test_a_future_that_is_dropped_ends_its_span_with_the_next_operation(
         messaging_destination_partition_id="7",
     ) == 1  # fmt: skip
     _endings.abandon_all()
+
+
+@pytest.mark.cpython
+def test_at_the_exit_a_span_ends_when_its_future_was_dropped(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    instrument()
+    future = clients.producer().send(topic, b"lost")
+    del future
+    collect()
+    dropped = time.time_ns()
+    _endings.abandon_all()
+    span = recorder.one(f"send {topic}")
+    assert span.end_time is not None
+    assert span.end_time <= dropped
 
 
 @pytest.mark.cpython

@@ -31,6 +31,8 @@ class Endable:
     def abandon(self, ended: int) -> None:
         """End it because nothing else will any more.
 
+        This does nothing if it has ended, or if it began in another process.
+
         Args:
             ended: When this was detected, by the monotonic clock, in nanoseconds.
         """
@@ -69,8 +71,7 @@ def is_collecting() -> bool:
 
 def defer(operation: Endable) -> None:
     """Have a dropped operation abandoned later; safe in a finaliser."""
-    if not operation.ended and operation.process is process:
-        deferred.append((operation, time.monotonic_ns()))
+    deferred.append((operation, time.monotonic_ns()))
 
 
 def abandon_deferred() -> None:
@@ -99,7 +100,6 @@ def abandon_all() -> None:
 def _after_fork_in_child() -> None:
     global process  # noqa: PLW0603 (it is the process's)
     process = object()
-    deferred.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from report import scopes
+from report import by_variants, scopes
 
 GREY = "#808080"
 COLOURS = {
@@ -53,7 +53,7 @@ Panel = dict[str, dict[str, tuple[float, float]]]
 def _panels(results: dict[str, Any]) -> dict[str, Panel]:
     """A panel for each way of sampling; metrics are bars of their own in it."""
     panels: dict[str, Panel] = {}
-    for title, figures in results["workloads"].items():
+    for title, figures in by_variants(results).items():
         work, setting = title.split(", ", 1)
         sampling, _, metrics = setting.partition(", ")
         by_variant = panels.setdefault(sampling, {}).setdefault(work, {})

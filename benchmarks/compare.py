@@ -45,7 +45,7 @@ from workloads import (
     settings,
 )
 
-# The others have no metrics, and exclude no topics.
+# The others have no metrics, exclude no topics and measure no pipelines.
 OURS_ALONE = ("plain", "ours")
 LONG = 50_000
 
@@ -53,6 +53,7 @@ _TRACED = ("sampled", "1 % sampled")
 _ALL = (*_TRACED, "no SDK", "no-op provider")
 _MEASURED = ("sampled, metrics", "1 % sampled, metrics")
 _EXCLUDED = {"excluded_topics": f"{TOPICS}*"}
+_PIPELINES = {"pipeline_latency": True}
 
 CASES = (
     *(Case("send", each) for each in (*_ALL, *_MEASURED)),
@@ -76,6 +77,15 @@ CASES = (
     *(Case("iterate", each, "poll and loop") for each in (*_TRACED, _MEASURED[0])),
     Case("send", "sampled", "send to an excluded topic", keywords=_EXCLUDED),
     Case("loop", "sampled", "loop over an excluded topic", keywords=_EXCLUDED),
+    *(
+        Case(
+            name.split()[0],
+            _MEASURED[1],
+            f"{name} with pipeline latency",
+            keywords=_PIPELINES,
+        )
+        for name in ("send", "loop", "poll of 500")
+    ),
 )
 LONG_CASES = tuple(Case("send", each) for each in _TRACED)
 
@@ -186,6 +196,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def variants_of(case: Case) -> tuple[str, ...]:
+    """The variants that can do what the case is about."""
+    if case.keywords is _PIPELINES:
+        return (*OURS_ALONE, "default")
+    if "metrics" in case.setting or case.keywords is _EXCLUDED:
+        return OURS_ALONE
+    return VARIANTS
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check, then time all cases that are asked for."""
     collected = Collected()
@@ -202,10 +221,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             if not fnmatch(case.title, arguments.only):
                 continue
             workload = open_workload(case)
-            alone = "metrics" in case.setting or case.keywords is _EXCLUDED
-            if case.setting == "sampled" and not alone:
+            variants = variants_of(case)
+            if case.setting == "sampled" and variants is VARIANTS:
                 check(workload, collected)
-            variants = OURS_ALONE if alone else VARIANTS
             workloads[case.title] = measure(workload, variants, arguments.rounds)
             workload.close()
             print(".", end="", file=sys.stderr, flush=True)

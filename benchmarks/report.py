@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from rich.table import Table
 _BOTH = ("thread", "process")
 _TRACED = ("sampled", "1 % sampled")
 _WORK = ("send", "loop")
+_LATENCY = "pipeline latency, 1 % sampled, metrics"
 _WIDTH = 90  # of the lines of a page
 
 
@@ -53,6 +55,8 @@ GOALS = (
         for batch in (10, 500)
         for each in _TRACED
     ),
+    *(Goal(1.5, f"send with {_LATENCY}", scope, "default") for scope in _BOTH),
+    Goal(2.0, f"loop with {_LATENCY}", "thread", "default"),
     *(
         Goal(1.3, "send, sampled, metrics", scope, "ours", "send, sampled")
         for scope in _BOTH
@@ -99,6 +103,18 @@ def scopes(name: str) -> tuple[str, ...]:
     return _BOTH if name.startswith("send") else _BOTH[:1]
 
 
+def by_settings(results: dict[str, Any]) -> dict[str, Any]:
+    """The workloads that compare ours with itself, without a setting."""
+    workloads: dict[str, Any] = results["workloads"]
+    return {name: each for name, each in workloads.items() if "default" in each}
+
+
+def by_variants(results: dict[str, Any]) -> dict[str, Any]:
+    """The workloads that compare the variants."""
+    workloads: dict[str, Any] = results["workloads"]
+    return {name: each for name, each in workloads.items() if "default" not in each}
+
+
 class Rows(NamedTuple):
     """A table."""
 
@@ -109,7 +125,7 @@ class Rows(NamedTuple):
 def costs(results: dict[str, Any]) -> Rows:
     """What each variant adds to plain, and how ours compares."""
     rows = []
-    for name, figures in results["workloads"].items():
+    for name, figures in by_variants(results).items():
         for scope in scopes(name):
             rows.append(
                 (
@@ -148,6 +164,24 @@ def _ratio(name: str, figures: dict[str, Any], variant: str, scope: str) -> str:
         return ""
     base = figures[variant][scope]["added"]
     return "" if base <= 0 else f"{figures['ours'][scope]['added'] / base:.2f}"
+
+
+def pipelines(results: dict[str, Any]) -> Rows:
+    """What ours adds without and with `pipeline_latency`, in the same run."""
+    return Rows(
+        ("workload", "CPU time of", "without it", "with it", "ratio"),
+        [
+            (
+                name,
+                scope,
+                _added(figures, "default", scope),
+                _added(figures, "ours", scope),
+                _ratio(name, figures, "default", scope),
+            )
+            for name, figures in by_settings(results).items()
+            for scope in scopes(name)
+        ],
+    )
 
 
 def long_runs(results: dict[str, Any]) -> Rows:
@@ -309,14 +343,21 @@ def arithmetic(results: dict[str, Any]) -> str:
     )
 
 
-def measured_with(results: dict[str, Any]) -> str:
-    """On what the figures were measured."""
+def measured_with(results: dict[str, Any], workloads: Iterable[str] = ()) -> str:
+    """On what the figures of workloads were measured."""
     versions = ", ".join(f"{name} {of}" for name, of in results["versions"].items())
-    return fill(
+    said = (
         f"Measured on {results['machine']} with Python {results['python']}, {versions}:"
-        f" {results['rounds']} rounds of blocks of {results['block']} messages.",
-        _WIDTH,
+        f" {results['rounds']} rounds of blocks of {results['block']} messages."
     )
+    apart = results.get("measured apart", ())
+    rows = ", ".join(f'"{name}"' for name in workloads if name in apart)
+    if rows:
+        said += (
+            " These rows come from another run, and the machine may have been busy:"
+            f" {rows}. Compare the figures of such a row only with each other."
+        )
+    return fill(said, _WIDTH)
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from handwritten import HandWritten
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from opentelemetry import baggage, context
 from opentelemetry.instrumentation.kafka import KafkaInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -97,7 +98,7 @@ class Case:
         batch: The most that one poll returns.
         topics: Over how many topics the messages go.
         clients: Over how many producers they go.
-        keywords: Settings of ours.
+        keywords: Settings of ours, which the variant "default" does without.
     """
 
     work: str
@@ -121,12 +122,12 @@ def installed(variant: str, setting: Setting, case: Case) -> Iterator[None]:
     if variant == "contrib":
         instrumentor = KafkaInstrumentor()
         instrumentor.instrument(tracer_provider=setting.tracer_provider)
-    elif variant == "ours":
+    elif variant in {"ours", "default"}:
         instrumentor = KafkaPythonInstrumentor()
         instrumentor.instrument(
             tracer_provider=setting.tracer_provider,
             meter_provider=setting.meter_provider,
-            **case.keywords,
+            **(case.keywords if variant == "ours" else {}),
         )
     else:
         yield
@@ -176,8 +177,19 @@ class Workload:
 
     def fill(self) -> None:
         """Send what is consumed, with the headers that instrumentation writes."""
+        count = max(self.block, WARM_UP)
         hand = HandWritten(self.setting.tracer_provider, self.address)
-        self.send(hand, max(self.block, WARM_UP))()
+        self.send(hand, count)()
+        filled = TopicPartition(self.topic, 0)
+        self.filled = dict.fromkeys((*VARIANTS, "default"), filled)
+        if self.case.keywords.get("pipeline_latency"):
+            # Only with the setting do messages carry the start of their pipeline.
+            self.filled["ours"] = TopicPartition(f"{self.topic}-started", 0)
+            start = f"{time.time_ns() // 1_000_000}-{self.topic}"
+            token = context.attach(baggage.set_baggage("kafka.pipeline", start))
+            for _ in range(count):
+                hand.send(self.producers[0], f"{self.topic}-started", VALUE, KEY)
+            context.detach(token)
         self.flush()
         self.consumer = KafkaConsumer(
             bootstrap_servers=self.address,
@@ -186,8 +198,6 @@ class Workload:
             # One fetch brings them all.
             max_partition_fetch_bytes=1 << 26,
         )
-        self.partition = TopicPartition(self.topic, 0)
-        self.consumer.assign([self.partition])
 
     def learn_topics(self) -> None:
         """Have the producer know the topics, many by each answer of the broker's."""
@@ -286,6 +296,9 @@ class Workload:
         """Run a block in a variant."""
         count = count or self.block
         hand = None
+        if self.consumer is not None:
+            self.partition = self.filled[variant]
+            self.consumer.assign([self.partition])
         if variant == "hand-written":
             hand = HandWritten(self.setting.tracer_provider, self.address)
         make = getattr(self, self.case.work)

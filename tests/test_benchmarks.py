@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from compare import CASES, LONG_CASES
-from publish import COMPARED, DOCS, SCALED, STATIC, publish, written
-from report import GOALS, fleets
+from publish import COMPARED, DOCS, SCALED, STATIC, publish, with_apart, written
+from report import GOALS, fleets, measured_with
 from scaling import CURVES
 
 from scripts import run
@@ -64,6 +64,25 @@ def test_the_figures_are_of_everything_that_is_measured() -> None:
     measured = {*ALL_TITLES[0]}
     assert {goal.workload for goal in GOALS} <= measured
     assert {goal.of for goal in GOALS} - {""} <= measured
+
+
+def test_figures_of_a_later_run_are_told_from_the_others() -> None:
+    whole = {**compared, "workloads": dict(compared["workloads"])}
+    whole.pop("measured apart", None)
+    first, *_, last = whole["workloads"]
+    assert "another run" not in measured_with(whole, [first, last])
+    later: dict[str, Any] = {"plain": {}, "ours": {}}
+    made = with_apart(whole, {**whole, "workloads": {last: later}})
+    made = with_apart(made, {**whole, "workloads": {first: later}})
+    assert [*made["workloads"]] == [*whole["workloads"]]
+    assert made["workloads"] == {**whole["workloads"], first: later, last: later}
+    said = measured_with(made, [first, last]).replace("\n", " ")
+    assert (
+        f'another run, and the machine may have been busy: "{first}", "{last}"' in said
+    )
+    assert "another run" not in measured_with(made, [*whole["workloads"]][1:-1])
+    with pytest.raises(SystemExit, match=r"python: 2\.7 now"):
+        with_apart(whole, {**whole, "python": "2.7"})
 
 
 def test_a_microsecond_of_a_message_is_a_core_of_the_fleet() -> None:

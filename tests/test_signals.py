@@ -14,11 +14,12 @@ from contextlib import suppress
 from typing import Any, cast
 
 import pytest
+from kafka import KafkaProducer
 from opentelemetry import trace
 
-from clients import Clients
+from clients import DEADLINE, Clients
 from conftest import Instrument
-from otel_kafka_python import _consumer, _safety, process_span
+from otel_kafka_python import _consumer, _producer, _safety, process_span
 from recorder import Log, Recorder
 from scripts import run
 
@@ -103,6 +104,30 @@ def test_it_passes_the_hook_of_a_send_whose_span_ends(
     span = recorder.one(f"send {topic}")
     assert (span.attributes or {})["error.type"] == "TimeLimit"
     assert recorder.open() == []
+
+
+def test_it_passes_the_end_of_a_send_that_is_acknowledged_before_it_returns(
+    handle: Handle,
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A future that is done logs what its new callbacks raise."""
+    plain = KafkaProducer.send
+
+    def send(*args: Any, **kwargs: Any) -> Any:
+        future = plain(*args, **kwargs)
+        future.get(DEADLINE)
+        return future
+
+    monkeypatch.setattr(KafkaProducer, "send", send)
+    monkeypatch.setattr(_producer, "add_message", strike)
+    handle(raise_limit)
+    instrument()
+    producer = clients.producer()
+    with pytest.raises(TimeLimit):
+        producer.send(topic, b"1")
 
 
 def test_it_passes_the_hooks_of_a_consumer_whose_spans_end(

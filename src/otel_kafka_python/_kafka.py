@@ -274,10 +274,14 @@ def record_future_class() -> type:
 def when_done(future: Any, callback: Callable[[Any], None]) -> None:
     """Call back once with the result or the exception of a future.
 
-    A future that is already done calls back at once. This bypasses our wrappers for the
-    application's callbacks on the class of `send`'s futures.
+    If the future is already done, this calls back at once. The future itself would log
+    what the callback raises, even the exception of a signal handler.
     """
-    _adder()(future, callback, callback)
+    if future.is_done:
+        callback(future.value if future.exception is None else future.exception)
+    else:
+        # This bypasses our wrappers for the application's callbacks.
+        _adder()(future, callback, callback)
 
 
 @cache

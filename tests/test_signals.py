@@ -244,7 +244,6 @@ STORM = """
 """
 
 
-@pytest.mark.two_clients  # and see the limits of those up to 2.1
 def test_as_many_reach_the_application_as_of_the_plain_client(clients: Clients) -> None:
     """Within 3 percent of the 200 that are raised in a tight loop."""
 

@@ -284,12 +284,35 @@ def when_done(future: Any, callback: Callable[[Any], None]) -> None:
         _adder()(future, callback, callback)
 
 
+class _CalledOnce:
+    """A callback that is released by its call.
+
+    Up to 2.1, a future keeps its callbacks as long as the application keeps the future.
+    The finaliser of an operation would run later, on the application's thread, where an
+    exception that a signal handler raises in it is lost.
+    """
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, callback: Callable[[Any], None]) -> None:
+        self._callback: Callable[[Any], None] | None = callback
+
+    def __call__(self, outcome: Any) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback(outcome)
+
+
 @cache
 def _adder() -> Callable[[Any, Any, Any], object]:
     """The function that adds a callback and an errback to a future."""
     from kafka.future import Future  # noqa: PLC0415 (see the top)
 
+    keeps_callbacks = Future().success(None)._callbacks is not None
+
     def add(future: Any, callback: Any, errback: Any) -> None:
+        if keeps_callbacks:
+            callback = errback = _CalledOnce(callback)
         Future.add_callback(future, callback)
         Future.add_errback(future, errback)
 

@@ -258,10 +258,6 @@ class Operation(Endable):
                 report("end a span")
         if measured:
             self._measure(elapsed, partition, messages)
-        if self.is_answered:
-            # Up to 2.1, a future keeps its callbacks. The application may keep the
-            # future.
-            self.span = None
 
     def _measure(self, elapsed: int, partition: int | None, messages: int) -> None:
         template, span = self.template, self.span

@@ -1080,6 +1080,15 @@ def test_the_query_groups_by_the_attributes_of_the_table() -> None:
     assert f"({metric}_seconds_bucket[" in QUERY
 
 
+def test_the_parts_of_a_hop_are_those_of_the_dashboard() -> None:
+    (panel,) = (p for p in DASHBOARD["panels"] if "Share of each hop" in p["title"])
+    rows = table("latency", "The share of each hop")
+    for (part, shown), target in zip(rows, panel["targets"], strict=True):
+        assert target["legendFormat"].endswith(f" {part}")
+        *_, metric = code_in(shown)
+        assert f"{metric.replace('.', '_')}_seconds_sum" in target["expr"]
+
+
 @fragment("latency", "call_third_party")
 def test_no_baggage_leaves_for_a_third_party(code: str) -> None:
     left: list[Any] = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import Mock
 
 import kafka.errors
 import pytest
@@ -21,9 +23,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, committable, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _kafka
-from otel_kafka_python._commits import PendingCommit
-from recorder import Recorder, attributes_of
+from otel_kafka_python import KafkaPythonInstrumentor, _endings, _kafka
+from otel_kafka_python._commits import CommitLedger, PendingCommit
+from recorder import Log, Recorder, attributes_of
 
 
 def until(happened: Callable[[], bool], work: Callable[[], Any]) -> None:
@@ -618,6 +620,7 @@ def test_it_is_the_answer_and_not_the_look_up_of_the_coordinator_that_ends_it(
     until(lambda: bool(commits(recorder)), consumer.topics)
     (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
     assert attributes["error.type"] == "GROUP_AUTHORIZATION_FAILED"
+    assert attributes["network.peer.address"] == "127.0.0.1"
 
 
 def test_commits_whose_coordinator_is_not_found_are_not_kept(
@@ -672,18 +675,19 @@ def test_threads_that_commit_have_each_commit_measured(
 def test_what_a_callback_commits_while_the_consumer_closes_is_asked_for(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
-    clients.send(b"1")
+    clients.send(b"1", b"2")
     consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
-    poll(consumer)
+    poll_records(consumer, 2)
 
     def commit_again(*_: Any) -> None:
         consumer.commit(committable(topic, 1))
 
-    future = consumer.commit_async(committable(topic, 1), commit_again)
+    future = consumer.commit_async(committable(topic, 2), commit_again)
     until(lambda: future.is_done, consumer.topics)
     consumer.close()
     assert measured(recorder) == 3
-    assert commits(recorder) == [f"commit {topic}"]
+    spans = attributes_of(recorder.named(f"commit {topic}"))
+    assert [span["messaging.kafka.offset"] for span in spans] == [1, 0]
 
 
 class Incomparable:
@@ -720,3 +724,283 @@ def test_a_suppressed_commit_has_moved_the_offset(
         consumer.commit()
     consumer.close()
     assert commits(recorder) == []
+
+
+def test_a_suppressed_commit_leaves_unknown_what_the_broker_has(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    consumer = clients.consumer(group_id=topic)
+    poll_records(consumer, 2)
+    consumer.commit(committable(topic, 2))
+    with suppress_instrumentation():
+        future = consumer.commit_async(committable(topic, 1))
+    until(lambda: future.is_done, consumer.topics)
+    consumer.commit(committable(topic, 2))
+    assert len(commits(recorder)) == 2
+
+
+@pytest.mark.skipif(VERSION < (3, 0), reason="it commits as any other")
+def test_a_commit_before_a_rebalance_makes_no_span_unless_asked_for(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    consumer = auto_committing(clients, auto_commit_interval_ms=3600_000)
+    poll_records(consumer, 1)
+    consumer._coordinator.request_rejoin()
+    poll_until(consumer, lambda: bool(measured(recorder)))
+    assert commits(recorder) == []
+
+
+def test_a_request_is_that_of_the_commit_with_its_own_offsets() -> None:
+    ledger, commits = CommitLedger(), [Mock(), Mock()]
+    first, second = (PendingCommit(ledger, {}, commit) for commit in commits)
+    ledger.waiting += first, second
+    assert ledger.take(second.offsets) is second.commit
+    assert ledger.take(second.offsets) is None
+    assert not ledger.remove(second)
+    assert ledger.waiting == [first]
+
+
+class Fake:
+    """A method of a coordinator that returns a result, or raises that as an exception.
+
+    What it is called with, it only notes.
+    """
+
+    def __init__(self, name: str, result: Any, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+        self._name = name
+
+        def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append((args, kwargs))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        plain = getattr(ConsumerCoordinator, name)
+        self._is_coroutine = inspect.iscoroutinefunction(plain)
+        replaced = coroutine if self._is_coroutine else method
+        patch.setattr(ConsumerCoordinator, name, replaced)
+
+    def call(self, consumer: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the method of this consumer's coordinator returns or raises."""
+        try:
+            result = getattr(consumer._coordinator, self._name)(*args, **kwargs)
+            return result.send(None) if self._is_coroutine else result
+        except StopIteration as stopped:
+            return stopped.value
+        except BaseException as raised:
+            return raised
+
+
+COMMITS = (_kafka.COMMIT_SYNC, _kafka.COMMIT_ASYNC, _kafka.COMMIT_COROUTINE)
+OTHERS = (
+    _kafka.REQUEST_ASYNC,
+    _kafka.AUTO_COMMIT_SYNC,
+    _kafka.FETCH_COMMITTED,
+    _kafka.FETCH_COMMITTED_COROUTINE,
+)
+
+
+@pytest.fixture
+def patched(instrument: Instrument, clients: Clients) -> Iterator[pytest.MonkeyPatch]:
+    """For fakes that are there before the instrumentation and after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+        KafkaPythonInstrumentor().uninstrument()
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "suppressed"])
+@pytest.mark.parametrize("error", [None, ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "name", [each for each in (*COMMITS, *OTHERS) if hasattr(ConsumerCoordinator, each)]
+)
+def test_what_a_coordinator_is_given_returns_and_raises_stays_as_it_is(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    name: str,
+    error: BaseException | None,
+    traced: bool,
+) -> None:
+    consumer, offsets = clients.consumer(group_id=topic), committable(topic, 1)
+    result: Any = Future() if error is None else error
+    fake = Fake(name, result, patched)
+    instrument(commit_spans="all")
+    with contextlib.nullcontext() if traced else suppress_instrumentation():
+        assert fake.call(consumer, offsets, more=1) is result
+    assert fake.calls == [((offsets,), {"more": 1})]
+    result.success(None) if error is None else None
+    assert recorder.open() == []
+    error_types = [each.get("error.type") for each in attributes_of(recorder.ended)]
+    expected = None if error is None else type(error).__name__
+    # What the client's own thread commits is in no context of the application's.
+    is_traced = name in COMMITS and (traced or name == _kafka.COMMIT_COROUTINE)
+    assert error_types == [expected] * is_traced
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_request_that_cannot_be_made_ends_its_commit(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    error: BaseException,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    patched.setattr(ConsumerCoordinator, "coordinator_unknown", lambda _: False)
+    fake = Fake(_kafka.REQUEST_ASYNC, error, patched)
+    instrument()
+    with pytest.raises(type(error)):
+        consumer.commit_async(committable(topic, 1))
+    assert len(fake.calls) == 1
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert attributes["error.type"] == type(error).__name__
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_an_auto_commit_is_over_when_its_call_is(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    error: BaseException | None,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    auto = Fake(_kafka.AUTO_COMMIT_SYNC, error, patched)
+    commit = Fake(_kafka.COMMIT_SYNC, None, patched)
+    instrument()
+    assert auto.call(consumer) is error
+    commit.call(consumer, committable(topic, 1))
+    assert commits(recorder) == [f"commit {topic}"]
+
+
+@pytest.mark.skipif(VERSION < (3, 0), reason="there are no coroutines")
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_a_commit_by_a_coroutine_belongs_to_no_call_and_no_span(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    error: BaseException | None,
+) -> None:
+    """It may run in a thread that has inherited a span, after a call that is over."""
+    consumer, offsets = clients.consumer(group_id=topic), committable(topic, 1)
+    call = Fake(_kafka.COMMIT_SYNC, error, patched)
+    coroutine = Fake(_kafka.COMMIT_COROUTINE, None, patched)
+    instrument(commit_spans="all")
+    call.call(consumer, offsets)
+    recorder.ended.clear()
+    with recorder.tracer.start_as_current_span("work"):
+        coroutine.call(consumer, offsets)
+        coroutine.call(consumer, committable(topic, 2))
+    assert recorder.one(f"commit {topic}" if error is None else "work").parent is None
+    assert all(span.parent is None for span in recorder.ended)
+    assert measured(recorder) == 3
+
+
+def test_a_layer_that_returns_no_future_ends_the_commit(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    fake = Fake(_kafka.COMMIT_ASYNC, None, patched)
+    instrument()
+    assert fake.call(consumer, committable(topic, 1)) is None
+    assert commits(recorder) == [f"commit {topic}"]
+    (message,) = log.take()
+    assert message.startswith("Failed to follow a commit")
+
+
+def test_an_answer_after_a_commit_was_given_up_changes_nothing(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    consumer, answer = clients.consumer(group_id=topic), Future()
+    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    _endings.abandon_all()
+    answer.failure(kafka.errors.GroupAuthorizationFailedError(topic))
+    assert len(commits(recorder)) == 1
+    assert measured(recorder) == 1
+
+
+def test_a_coordinator_that_cannot_be_read_costs_the_peer_alone(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    fake = Fake(_kafka.COMMIT_SYNC, None, patched)
+    patched.setattr(consumer._coordinator, "coordinator_id", [])  # no broker's number
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert "network.peer.address" not in attributes
+    assert attributes.keys() >= {"messaging.kafka.offset", "server.address"}
+    (message,) = log.take()
+    assert message.startswith("Failed to read the coordinator of a group")
+
+
+def test_a_coordinator_without_a_hash_has_its_commits_traced(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    consumer = clients.consumer(group_id=topic)
+    fake = Fake(_kafka.COMMIT_SYNC, None, patched)
+    patched.setattr(ConsumerCoordinator, "__hash__", None)
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    assert commits(recorder) == [f"commit {topic}"]
+    (message,) = log.take()
+    assert message.startswith("Failed to keep the ledger of a consumer's commits")
+
+
+class Unreadable(dict[Any, Any]):
+    """Offsets that cannot be read."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no offsets today")
+
+
+def test_offsets_that_cannot_be_read_are_passed_on_and_not_traced(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    consumer, offsets, result = clients.consumer(group_id=topic), Unreadable(), object()
+    fake = Fake(_kafka.COMMIT_SYNC, result, patched)
+    instrument()
+    assert fake.call(consumer, offsets) is result
+    assert fake.calls == [((offsets,), {})]
+    assert recorder.started == []
+    assert [message.partition(";")[0] for message in log.take()] == [
+        "Failed to trace a commit", "Failed to read committed offsets",
+    ]  # fmt: skip

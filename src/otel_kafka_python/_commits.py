@@ -161,11 +161,7 @@ class Commit(PendingOperation):
 
     def _peer_attributes(self) -> Attributes:
         try:
-            coordinator = self._coordinator()
-            broker = None
-            if coordinator is not None:
-                broker = _kafka.coordinator_broker(coordinator)
-            return peer_attributes(broker)
+            return peer_attributes(_kafka.coordinator_broker(self._coordinator()))
         except Exception:
             report("read the coordinator of a group")
             return {}

@@ -452,6 +452,35 @@ def test_what_is_received_and_then_processed_is_measured_once(
     assert sources(recorder) == {"orders": 5}
 
 
+def test_what_is_received_is_measured_though_the_record_is_dropped(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """Records that are made later may have the memory of one that was dropped."""
+    instrument(pipeline_latency=True)
+    send_with(clients, *(began(1) for _ in range(50)))
+    consumer = clients.consumer()
+    received = sum(map(len, poll(consumer).values()))
+    for record in clients.consumer():
+        if record.offset == 49:
+            break
+    consumer.close()
+    let_go(clients.producer(), topic)
+    assert sources(recorder) == {"orders": received + 50}
+
+
+def test_each_attempt_is_measured_also_if_it_fails(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed"):
+            for record in clients.consumer():
+                with process_span(record):
+                    raise ValueError("failed")
+    assert sources(recorder) == {"orders": 2}
+
+
 def test_a_held_record_is_measured_once(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -441,11 +441,12 @@ def _received(
                 continue
             arrival = destination.arrival(start_in(context, now))
             if arrival is not None:
-                arrivals[id(record)] = arrival
+                arrivals[id(record.headers)] = arrival
     except Exception:
         report("see when the pipelines of records began")
     if not arrivals:
         return None
-    received = Received(arrivals, now, span)
+    headers = [record.headers for record in records]
+    received = Received(arrivals, headers, now, span)
     client.received.append(received)
     return received

@@ -9,7 +9,7 @@ propagators of all languages pass it on unchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from opentelemetry import baggage
@@ -196,16 +196,20 @@ def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) 
         report("record a metric")
 
 
-# The records that were handed over and not processed, by their identity. Each has the
-# arrivals of all records that were handed over together.
+# The records that were handed over and not processed, by the identity of their headers.
+# Each has the arrivals of all records that were handed over together.
 _unprocessed: dict[int, dict[int, Arrival]] = {}
 
 
-def take(record: object) -> None:
-    """Note that a record is processed: its hand-over does not end its pipeline."""
-    arrivals = _unprocessed.pop(id(record), None)
+def take(headers: object) -> None:
+    """Note that a record is processed: its hand-over does not end its pipeline.
+
+    Args:
+        headers: The record's headers.
+    """
+    arrivals = _unprocessed.pop(id(headers), None)
     if arrivals is not None:
-        arrivals.pop(id(record), None)
+        arrivals.pop(id(headers), None)
 
 
 class Received(_endings.Endable):
@@ -216,17 +220,24 @@ class Received(_endings.Endable):
     they were handed over.
 
     Args:
-        arrivals: The arrivals of the records, by the identity of each.
+        arrivals: The arrivals of the records, by the identity of the headers of each.
+        headers: The headers. They are kept so that their identities stay theirs, even
+            if the application drops the records.
         at: When they were handed over, in nanoseconds since the epoch.
         span: The span that accounts for them, if there is one.
     """
 
-    __slots__ = ("_arrivals", "_at", "_span")
+    __slots__ = ("_arrivals", "_at", "_headers", "_span")
 
     def __init__(
-        self, arrivals: Mapping[int, Arrival], at: int, span: Span | None
+        self,
+        arrivals: Mapping[int, Arrival],
+        headers: Sequence[object],
+        at: int,
+        span: Span | None,
     ) -> None:
         self.process, self.ended = _endings.process, False
+        self._headers = headers
         self._arrivals = dict(arrivals)
         self._at = at
         self._span = span

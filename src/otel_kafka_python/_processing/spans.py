@@ -70,7 +70,7 @@ def _way(
     """
     first, arrivals = None, []
     for record, carried in messages:
-        take(record)
+        take(record.headers)
         start = start_in(carried, now)
         template = telemetry.template(client, PROCESS, record.topic, record.partition)
         if start is None or template is None or template.destination is None:

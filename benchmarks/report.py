@@ -378,7 +378,7 @@ def summary(results: dict[str, Any]) -> str:
         )
         lines.append(
             f"- {title}, a send adds {sent:.0f} µs of CPU time and a record in a loop"
-            f" {looped:.0f} µs. By hand it is {by_hand:.0f} µs and"
+            f" {looped:.0f} µs. Hand-written code adds {by_hand:.0f} µs and"
             f" {looped_by_hand:.0f} µs."
         )
     return "\n".join(fill(each, _WIDTH, subsequent_indent="  ") for each in lines)

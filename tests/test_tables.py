@@ -26,9 +26,16 @@ from clients import (
     sends_large,
     take,
 )
-from conformance import EVENTS, TRANSACTION_ENDS, TYPES
+from conformance import (
+    EVENTS,
+    OWN_ATTRIBUTES,
+    OWN_METRICS,
+    TRANSACTION_ENDS,
+    TYPES,
+)
 from conftest import Instrument
 from otel_kafka_python import _config, _kafka, _semconv, process_span
+from otel_kafka_python._client_metrics import NAMES
 from pages import PAGES, ROOT, code_in, error_types, table
 from recorder import Recorder, attributes_of
 
@@ -201,6 +208,19 @@ def test_the_metrics_are_those_of_the_tables(
         )
         always = {each for each, cells in rows.items() if cells[index] == "always"}
         assert always <= set.intersection(*seen)
+
+
+def test_the_additions_to_the_conventions_are_those_of_the_table() -> None:
+    rows = table("conformance", "Additions")
+    of_pipelines = OWN_METRICS["kafka.pipeline.latency"]["attributes"]
+    assert {name for cell, *_ in rows for name in code_in(cell)} == {
+        *OWN_ATTRIBUTES,
+        *OWN_METRICS,
+        *(name for name in of_pipelines if name.startswith("kafka.")),
+        *(f"kafka.{kind}.*" for kind in NAMES),
+    }
+    defaults = _config.Config()
+    assert not any(getattr(defaults, code_in(cell)[0]) for *_, cell in rows)
 
 
 # No operation of ours is the creation of a message.

@@ -51,6 +51,25 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"brokers: {', '.join(brokers)}{left_out}"
 
 
+_started: list[ApacheBroker] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Start one Apache Kafka for all workers of xdist: each has topics of its own."""
+    if "apache" in _brokers(node.config):
+        if not _started:
+            apache = ApacheBroker()
+            apache.start()
+            _started.append(apache)
+        node.workerinput["apache"] = _started[0].address
+
+
+def pytest_unconfigure() -> None:
+    for apache in _started:
+        apache.stop()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "broker" in metafunc.fixturenames:
         brokers = _brokers(metafunc.config)
@@ -65,11 +84,16 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "embedded":
         with EmbeddedBroker() as embedded:
             yield embedded
-    elif request.param == "apache":
-        with ApacheBroker() as apache:
-            yield apache
-    else:
-        yield SimpleNamespace(address=request.param)
+        return
+    address = request.param
+    if address == "apache":
+        shared: dict[str, str] = getattr(request.config, "workerinput", {})
+        if "apache" not in shared:
+            with ApacheBroker() as apache:
+                yield apache
+            return
+        address = shared["apache"]
+    yield SimpleNamespace(address=address)
 
 
 @pytest.fixture(scope="session")

@@ -402,7 +402,8 @@ def test_what_is_supported_is_declared_and_tested() -> None:
     tested = set(re.findall(r"py3(\d+)-(\w+)", "".join(scripts)))
     assert {f"3.{minor}" for minor, _ in tested} == set(pythons)
     clients = {f"kafka{line.replace('.', '')}" for line in lines}
-    assert {client for _, client in tested} == clients | {"kafkanewest", "ng"}
+    assert {client for _, client in tested} == clients | {"ng"}
+    assert "\n    tests: kafka-python\n" in environments  # the newest
     assert "[testenv:pypy]" in environments
     assert re.search(r"\bpypy\b", scripts[1])
 

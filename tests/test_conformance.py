@@ -281,9 +281,8 @@ def test_all_spans_of_the_convention_are_known() -> None:
 
 
 def test_every_requirement_of_the_page_names_tests_that_exist() -> None:
-    rows = re.findall(
-        r"^\| (?!---|requirement)(.+) \|$", PAGES["conformance"], re.MULTILINE
-    )
+    tables = PAGES["conformance"].partition("\n## Messaging spans\n")[2]
+    rows = re.findall(r"^\| (?!---|requirement)(.+) \|$", tables, re.MULTILINE)
     assert len(rows) > 40
     for row in rows:
         requirement, behaviour, tests = (cell.strip() for cell in row.split(" | "))

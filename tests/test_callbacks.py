@@ -11,13 +11,14 @@ import pytest
 from kafka.future import Future
 from kafka.producer.future import FutureRecordMetadata
 from opentelemetry import baggage, context, trace
+from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from clients import DEADLINE, Clients
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor
-from recorder import Recorder
+from recorder import Log, Recorder
 
 pytestmark = pytest.mark.one_broker
 
@@ -163,6 +164,41 @@ def test_what_a_callback_leaves_current_is_not_the_next_ones(
     future.add_callback(lambda _: context.attach(baggage.set_baggage("left", "behind")))
     future.success(None)
     assert baggage.get_baggage("left") is None
+
+
+@pytest.mark.one_client
+@pytest.mark.parametrize(
+    ("detaching", "logged"),
+    [
+        (context, "Failed to leave the context of a producer's code"),
+        (ContextVarsRuntimeContext, "Failed to detach context"),
+    ],
+    ids=["the function", "the runtime context"],
+)
+def test_where_detaching_fails_the_context_from_before_is_restored(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    detaching: Any,
+    logged: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LookupError
+
+    producer = clients.producer(value_serializer=bytes)
+    future = unsent()
+    future.add_callback(Call())
+    with recorder.tracer.start_as_current_span("request") as request:
+        monkeypatch.setattr(detaching, "detach", fail)
+        producer.send(topic, b"value")
+        assert trace.get_current_span() is request
+        future.success(None)
+        assert trace.get_current_span() is request
+        monkeypatch.undo()
+    assert {each.split(";")[0] for each in log.take()} == {logged}
 
 
 def test_suppression_goes_with_the_callback(

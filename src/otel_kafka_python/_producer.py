@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Token
 from typing import Any
 
-from opentelemetry.context import Context, attach, detach, get_current
+from opentelemetry.context import Context, attach, get_current
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
@@ -41,6 +41,7 @@ from otel_kafka_python._processing.scopes import (
     THREADS_INHERIT,
     context_of_thread,
     is_being_processed,
+    restore,
 )
 from otel_kafka_python._processing.spans import start_without_span
 from otel_kafka_python._propagation import (
@@ -190,27 +191,32 @@ class _InContext:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Up to 2.0, the future keeps this object. The application may keep the future.
         context, self._context = self._context, None
-        token = _enter(context)
+        entered = _enter(context)
         try:
             return self._callback(*args, **kwargs)
         finally:
-            _leave(token)
+            _leave(entered)
 
 
-def _enter(context: Context | None) -> Token[Context] | None:
+# The context that is current for application code, the one before, and the token.
+_Entered = tuple[Context, Context, Token[Context]]
+
+
+def _enter(context: Context | None) -> _Entered | None:
     """Make a context current, if there is one, while application code runs."""
     try:
-        return None if context is None else attach(context)
+        return None if context is None else (context, get_current(), attach(context))
     except Exception:
         report("enter the context of a producer's code")
         return None
 
 
-def _leave(token: Token[Context] | None) -> None:
+def _leave(entered: _Entered | None) -> None:
     """Restore the context that was current before."""
     try:
-        if token is not None:
-            detach(token)
+        if entered is not None:
+            context, before, token = entered
+            restore(before, token, context)
     except Exception:
         report("leave the context of a producer's code")
 
@@ -233,13 +239,13 @@ class ProducerWrappers:
         kwargs: Kwargs,
     ) -> Any:
         """Wrap `KafkaProducer.send` ("Send" spans)."""
-        delivery = scope = token = None
+        delivery = scope = entered = None
         try:
             delivery, scope, args, kwargs = self._prepare(instance, args, kwargs)
         except Exception:
             report("trace a send")
         if scope is not None:
-            token = _enter(scope)
+            entered = _enter(scope)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -247,8 +253,8 @@ class ProducerWrappers:
                 delivery.end_with(error)
             raise
         finally:
-            if token is not None:
-                _leave(token)
+            if entered is not None:
+                _leave(entered)
         if delivery is not None:
             delivery.follow(future, self._telemetry.config)
         return future

@@ -247,12 +247,8 @@ class Scope(Operation):
             if is_covered:
                 for each in scopes:
                     each._stand_for(around)
-            try:
-                if restored is around and self._token is not None:
-                    otel_context.detach(self._token)
-            finally:  # OpenTelemetry logs a failure and continues
-                if otel_context.get_current() is replaced is not restored:
-                    otel_context.attach(restored)
+            token = self._token if restored is around else None
+            restore(restored, token, replaced)
 
     def _without(
         self, scopes: Sequence[Scope], current: Context, around: Context
@@ -348,6 +344,24 @@ class Scope(Operation):
             self.fail_with(error)
         elif self.error_type is None:
             self.fail_as(ERROR_OTHER, "an exception ended the loop")
+
+
+def restore(
+    restored: Context, token: Token[Context] | None, replaced: Context | None
+) -> None:
+    """Make a context current again, even if `detach` fails.
+
+    Args:
+        restored: The context.
+        token: The token to detach, if that restores the context.
+        replaced: The context that is current now.
+    """
+    try:
+        if token is not None:
+            otel_context.detach(token)
+    finally:  # OpenTelemetry logs a failure and continues
+        if otel_context.get_current() is replaced is not restored:
+            otel_context.attach(restored)
 
 
 def undo_left() -> Scope | None:

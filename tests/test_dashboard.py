@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
 from apache_broker import free_ports
@@ -126,7 +127,24 @@ def test_the_legends_name_labels_of_their_expressions() -> None:
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-            assert named == grouped_by(target["expr"]) - {"le"}
+            # What is the most of some series has only the labels by which it is.
+            outermost = re.match(r"max by \(.*?\)", target["expr"])
+            result = outermost[0] if outermost else target["expr"]
+            assert named == grouped_by(result) - {"le"}
+
+
+def test_the_alert_on_slow_pipelines_is_on_what_is_shown() -> None:
+    """Each group counts by itself, so that quick hops do not hide a slow one."""
+    rules = yaml.safe_load((EXAMPLES / "prometheus-rules.yaml").read_text())
+    (alert,) = (
+        rule["expr"].partition(" > ")[0]
+        for rule in rules["groups"][0]["rules"]
+        if rule["alert"] == "KafkaPipelineSlow"
+    )
+    shown = {
+        "".join(each.replace("$__rate_interval", "5m").split()) for each in EXPRESSIONS
+    }
+    assert "".join(alert.split()) in shown
 
 
 def test_a_metric_that_is_not_served_is_seen(served: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -450,6 +452,44 @@ def test_what_is_received_and_then_processed_is_measured_once(
     let_go(clients.producer(), topic)
     # One of those that were polled has only been received.
     assert sources(recorder) == {"orders": 5}
+
+
+@pytest.mark.cpython
+@pytest.mark.one_broker
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [(lambda records: records, 1), (list, 2)],
+    ids=["the list of poll", "a copy"],
+)
+def test_a_thread_that_gets_the_list_of_poll_measures_each_record_once(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    given: Callable[[list[Any]], list[Any]],
+    times: int,
+) -> None:
+    """The records of another list are measured at their handover, too."""
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    consumer = clients.consumer()
+    closed = threading.Event()
+
+    def process(records: list[Any]) -> None:
+        assert closed.wait(DEADLINE)
+        for record in records:
+            with process_span(record):
+                pass
+
+    with ThreadPoolExecutor(1) as pool:
+        (working,) = (
+            pool.submit(process, given(records)) for records in poll(consumer).values()
+        )
+        consumer.close()
+        closed.set()
+        working.result(DEADLINE)
+    let_go(clients.producer(), topic)
+    assert sources(recorder) == {"orders": times}
 
 
 def test_what_is_received_is_measured_though_the_record_is_dropped(

@@ -8,6 +8,7 @@ import signal
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,12 @@ from opentelemetry.trace import StatusCode
 from clients import DEADLINE, VERSION, Clients
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _endings, _metrics
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _endings,
+    _metrics,
+    process_span,
+)
 from otel_kafka_python._operation import PendingOperation
 from recorder import Recorder
 from scripts import forks, needs_fork, run, run_recorded
@@ -182,6 +188,28 @@ EXIT = """
     producer = KafkaProducer(bootstrap_servers=sys.argv[1], linger_ms=60000)
     kept = [producer.send(sys.argv[2], b"value") for _ in range(5)]
 """
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.cpython
+def test_a_child_forked_in_a_loop_reports_no_failure_of_the_loops_span(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN", "logs")
+    instrument()
+    clients.send(b"1")
+    for record in clients.consumer():
+        child = os.fork()
+        if child == 0:
+            with suppress(ValueError), process_span(record):
+                raise ValueError
+            os._exit(len(recorder.events()))
+        break
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_an_exit_without_flush_ends_every_span(clients: Clients, topic: str) -> None:

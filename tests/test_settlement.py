@@ -845,24 +845,67 @@ def test_what_a_coordinator_is_given_returns_and_raises_stays_as_it_is(
     assert error_types == [expected] * is_traced
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_a_request_that_cannot_be_made_ends_its_commit(
+@pytest.mark.parametrize("error", [None, ValueError("no"), KeyboardInterrupt()])
+def test_a_request_that_is_made_later_ends_its_commit(
     instrument: Instrument,
     patched: pytest.MonkeyPatch,
     clients: Clients,
     recorder: Recorder,
     topic: str,
-    error: BaseException,
+    error: BaseException | None,
 ) -> None:
-    consumer = clients.consumer(group_id=topic)
-    patched.setattr(ConsumerCoordinator, "coordinator_unknown", lambda _: False)
-    fake = Fake(_kafka.REQUEST_ASYNC, error, patched)
+    consumer, offsets = clients.consumer(group_id=topic), committable(topic, 1)
+    looked_up = Fake(_kafka.COMMIT_ASYNC, Future(), patched)
+    result: Any = Future() if error is None else error
+    request = Fake(_kafka.REQUEST_ASYNC, result, patched)
     instrument()
-    with pytest.raises(type(error)):
-        consumer.commit_async(committable(topic, 1))
-    assert len(fake.calls) == 1
+    looked_up.call(consumer, offsets)
+    assert recorder.open() == [f"commit {topic}"]
+    assert request.call(consumer, offsets, more=1) is result
+    assert request.calls == [((offsets,), {"more": 1})]
+    if error is None:
+        assert recorder.open() == [f"commit {topic}"]
+        result.success(None)
     (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
-    assert attributes["error.type"] == type(error).__name__
+    assert attributes.get("error.type") == (error and type(error).__name__)
+
+
+def test_a_commit_that_cannot_be_made_is_not_kept(
+    instrument: Instrument, patched: pytest.MonkeyPatch, clients: Clients, topic: str
+) -> None:
+    consumer, offsets = clients.consumer(group_id=topic), committable(topic, 1)
+    error = ValueError("no")
+    fake = Fake(_kafka.COMMIT_ASYNC, error, patched)
+    instrument()
+    assert fake.call(consumer, offsets) is error
+    error.__traceback__ = None
+    assert [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), PendingCommit) and each.offsets is offsets
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [each for each in OTHERS if "fetch" in each and hasattr(ConsumerCoordinator, each)],
+)
+def test_what_the_broker_has_is_known_by_each_way_of_asking_for_it(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    name: str,
+) -> None:
+    consumer, offsets = clients.consumer(group_id=topic), committable(topic, 1)
+    fetch = Fake(name, offsets, patched)
+    commit = Fake(_kafka.COMMIT_SYNC, None, patched)
+    instrument()
+    assert fetch.call(consumer, list(offsets)) is offsets
+    commit.call(consumer, offsets)
+    assert measured(recorder) == 1
+    assert commits(recorder) == []
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from clients import DEADLINE, Clients
 from conftest import Instrument
-from otel_kafka_python import _span_ends
+from otel_kafka_python import _span_ends, process_span
 from recorder import Log
 from scripts import run
 
@@ -64,6 +65,19 @@ def test_an_exporter_that_hangs_holds_no_message_up(
     exporter.goes_on.set()
     assert exporter.has_all.wait(DEADLINE)
     assert exporter.exported == [f"send {topic}"] * MESSAGES
+
+
+def test_a_span_that_no_answer_ends_is_exported_at_once(
+    exporter: Hanging, clients: Clients, topic: str
+) -> None:
+    exporter.goes_on.set()
+    record = SimpleNamespace(
+        topic=topic, partition=0, offset=0, timestamp=0, key=None, value=b"", headers=[]
+    )
+    with process_span(record):
+        pass
+    assert exporter.exported == [f"process {topic}"]
+    assert exporter.threads == {threading.current_thread().name}
 
 
 def test_an_exporter_that_sends_by_the_same_producer_is_served(

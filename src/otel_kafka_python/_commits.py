@@ -227,8 +227,8 @@ class CommitWrappers:
             ledger.remove(pending)
             commit.end_with(error)
             raise
-        if pending in ledger.waiting:
-            commit.follow(future, pending)
+        # If the request has been made, this changes nothing.
+        commit.follow(future, pending)
         return future
 
     def request_async(

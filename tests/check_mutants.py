@@ -349,7 +349,10 @@ def see(copy: Path, modules: list[str]) -> Seen:
 
 
 def choose(mutant: Mutant, seen: Seen, most: float) -> list[str]:
-    """The tests that may kill a mutant, the quick ones first, for some seconds."""
+    """The tests that may kill a mutant, for some seconds.
+
+    The quick ones of each file come first, and those that start processes last.
+    """
     of_module = {
         test
         for test in seen.seconds
@@ -360,9 +363,12 @@ def choose(mutant: Mutant, seen: Seen, most: float) -> list[str]:
     # A line that only the import or another process executes concerns all.
     found.discard("")
     chosen = of_module & (found | set(seen.starting)) if found else of_module
-    ordered = sorted(
-        chosen, key=lambda test: (test in seen.starting, seen.seconds[test])
-    )
+    ranks: defaultdict[str, Iterator[int]] = defaultdict(count)
+    rank = {
+        test: next(ranks[test.partition("::")[0]])
+        for test in sorted(chosen, key=lambda test: seen.seconds[test])
+    }
+    ordered = sorted(chosen, key=lambda test: (test in seen.starting, rank[test]))
     sums = accumulate(seen.seconds[test] for test in ordered)
     return [test for test, so_far in zip(ordered, sums, strict=True) if so_far <= most]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import kafka.errors
 import pytest
 from kafka import KafkaProducer
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, Clients, committable, poll_records
 from conftest import Instrument
 from deliveries import until_all_have_ended
 from otel_kafka_python import KafkaPythonInstrumentor, _endings
-from recorder import Recorder, attributes_of
+from recorder import Log, Recorder, attributes_of
 from scripts import run
 
 pytestmark = pytest.mark.skipif(
@@ -276,6 +278,92 @@ def test_offsets_of_excluded_topics_alone_make_no_span(
     producer.send_offsets_to_transaction(committable(topic, 1), "group")
     producer.commit_transaction()
     assert recorder.names() == ["commit_transaction"]
+
+
+Fake = Callable[[str, Any], list[Any]]
+
+
+@pytest.fixture
+def fake(instrument: Instrument, clients: Clients) -> Iterator[Fake]:
+    """Replaces a method of producers by one that returns a result.
+
+    The list that it gives gets the arguments of each call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+
+        def replace(name: str, result: Any) -> list[Any]:
+            calls: list[Any] = []
+
+            def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+                calls.append((args, kwargs))
+                return result
+
+            patch.setattr(KafkaProducer, name, method)
+            return calls
+
+        yield replace
+        KafkaPythonInstrumentor().uninstrument()
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "suppressed"])
+def test_what_a_transaction_is_given_and_returns_stays_as_it_is(
+    instrument: Instrument,
+    fake: Fake,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    traced: bool,
+) -> None:
+    result, offsets = object(), committable(topic, 1)
+    calls = fake("send_offsets_to_transaction", result)
+    instrument()
+    producer = clients.producer()
+    with nullcontext() if traced else suppress_instrumentation():
+        sent = producer.send_offsets_to_transaction(offsets, group_metadata="group")
+    assert sent is result
+    assert calls == [((offsets,), {"group_metadata": "group"})]
+    assert recorder.names() == [f"send_offsets_to_transaction {topic}"] * traced
+
+
+def test_offsets_beside_those_of_excluded_topics_are_as_if_alone(
+    instrument: Instrument, fake: Fake, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    fake("send_offsets_to_transaction", None)
+    instrument(excluded_topics=["excluded"])
+    offsets = committable(topic, 1) | committable("excluded", 1)
+    clients.producer().send_offsets_to_transaction(offsets, "group")
+    (attributes,) = attributes_of(recorder.ended)
+    assert attributes["messaging.destination.name"] == topic
+
+
+def test_a_transaction_of_no_offsets_has_a_span(
+    instrument: Instrument, fake: Fake, clients: Clients, recorder: Recorder
+) -> None:
+    fake("send_offsets_to_transaction", None)
+    instrument()
+    clients.producer().send_offsets_to_transaction({}, "group")
+    assert recorder.names() == ["send_offsets_to_transaction"]
+
+
+class Unreadable(dict[Any, Any]):
+    """Offsets that cannot be read."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no offsets today")
+
+
+def test_offsets_that_cannot_be_read_are_sent_and_not_traced(
+    instrument: Instrument, fake: Fake, clients: Clients, recorder: Recorder, log: Log
+) -> None:
+    offsets, result = Unreadable(), object()
+    calls = fake("send_offsets_to_transaction", result)
+    instrument()
+    sent = clients.producer().send_offsets_to_transaction(offsets, "group")
+    assert sent is result
+    assert calls == [((offsets, "group"), {})]
+    assert recorder.started == []
+    (message,) = log.take()
+    assert message.startswith("Failed to trace a transaction")
 
 
 # A service that moves each record to another topic exactly once. Told to crash, it

@@ -95,9 +95,9 @@ class OperationTemplate:
     knows_cluster: bool
     injects: bool
     observes_end: bool
-    queue_time: Histogram | None = None
-    starts_pipeline: bool = False
-    destination: Destination | None = None
+    queue_time: Histogram | None
+    starts_pipeline: bool
+    destination: Destination | None
     _by_partition: dict[int | None, tuple[Attributes, Tally | None]] = field(
         default_factory=dict
     )

@@ -48,7 +48,10 @@ TESTS = {
     "_propagation": ("headers", "send", "pipeline_latency", "captures"),
     "_processing/scopes": ("scopes", "next", "process_span", "lifecycle", "headers"),
     "_processing/spans": ("scopes", "process_span", "consume", "pipeline_latency"),
-    "_operation": ("send", "metrics", "lifecycle", "exceptions", "next", "settlement"),
+    "_operation": (
+        *("send", "metrics", "lifecycle", "exceptions", "next", "settlement"),
+        *("settings", "span_ends"),
+    ),
     "_endings": ("lifecycle", "scopes"),
     "_commits": ("settlement",),
     "_transactions": ("transactions",),

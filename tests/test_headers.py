@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage, context, propagate, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.propagators.b3 import B3MultiFormat, B3SingleFormat
+from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.propagators.jaeger import JaegerPropagator
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -20,6 +22,7 @@ from opentelemetry.trace import (
     format_span_id,
     format_trace_id,
 )
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from clients import DEADLINE, VERSION, Clients, poll_records, sends_large
 from conftest import Instrument
@@ -30,6 +33,7 @@ from otel_kafka_python._propagation import (
     creation_context,
     extract,
     inject,
+    same_span,
 )
 from recorder import Log, Recorder
 
@@ -596,3 +600,59 @@ def test_the_exact_name_comes_first(propagator: Any) -> None:
     created = creation_context(headers)
     assert created is not None
     assert format_span_id(created.span_id) == SPAN_ID
+
+
+def test_of_a_name_in_several_cases_an_empty_value_does_not_count() -> None:
+    assert creation_context([("TraceParent", STALE[1]), ("TRACEPARENT", b"")])
+
+
+def test_a_name_that_is_no_text_hides_no_context(log: Log) -> None:
+    assert creation_context([(None, b"1"), ("TraceParent", STALE[1])])
+
+
+class _Tenant(CompositePropagator):
+    """The default propagators, and a field of the application's own."""
+
+    def inject(self, carrier: Any, *args: Any, **kwargs: Any) -> None:
+        super().inject(carrier, *args, **kwargs)
+        carrier["tenant"] = "blue"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        _Tenant([TraceContextTextMapPropagator(), W3CBaggagePropagator()]),
+        CompositePropagator([TraceContextTextMapPropagator(), B3SingleFormat()]),
+        CompositePropagator([B3MultiFormat()]),
+    ],
+    ids=["its own", "two", "one"],
+)
+def test_other_propagators_together_are_used_as_they_are(
+    propagator: Any, made: Any
+) -> None:
+    propagator(made)
+    span = trace.NonRecordingSpan(trace.SpanContext(2**100, 1, is_remote=False))
+    carrier: dict[str, str] = {}
+    made.inject(carrier, trace.set_span_in_context(span, EMPTY))
+    written = [(name, value.encode()) for name, value in carrier.items()]
+    assert inject(None, EMPTY, span) == written
+
+
+ONE = trace.SpanContext(1, 1, is_remote=False)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (ONE, trace.SpanContext(1, 1, is_remote=True), True),
+        (ONE, trace.SpanContext(1, 2, is_remote=False), False),
+        (ONE, trace.SpanContext(2, 1, is_remote=False), False),
+        (None, ONE, False),
+        (ONE, None, False),
+        (None, None, False),
+    ],
+)
+def test_spans_are_the_same_if_trace_and_span_are(
+    one: Any, other: Any, same: bool
+) -> None:
+    assert same_span(one, other) is same

@@ -192,7 +192,7 @@ def has_propagators() -> bool:
 
 def may_carry_context(headers: Any) -> bool:
     """Whether the headers of a send are a list with a field of a propagator."""
-    if not headers or not isinstance(headers, list):
+    if not isinstance(headers, list):
         return False
     names = [_name(header) for header in headers]
     return None not in names and not _propagators().names.isdisjoint(names)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-START_TIMEOUT = 30.0
+START_TIMEOUT = 120.0
 STOP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.01
 

@@ -51,6 +51,13 @@ pipelines = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture
+def clients(clients: Clients) -> Clients:
+    """Clients that refresh their metadata as seldom as they do by default."""
+    del clients.config["metadata_max_age_ms"]
+    return clients
+
+
 class CallCounter:
     """Counts the calls of our functions and those that they make, in all threads."""
 

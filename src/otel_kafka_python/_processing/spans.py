@@ -47,19 +47,19 @@ from otel_kafka_python._safety import call_hook
 from otel_kafka_python._telemetry import Telemetry, TracedClient
 
 
-class Way(NamedTuple):
+class Pipelines(NamedTuple):
     """The pipelines of the messages that are being processed."""
 
     start: Start | None  # the earliest
     arrivals: Sequence[Arrival]
 
 
-def _way(
+def _pipelines_of(
     telemetry: Telemetry,
     client: TracedClient,
     messages: Iterable[tuple[Record, Context]],
     now: int,
-) -> Way:
+) -> Pipelines:
     """Find the pipelines of messages.
 
     Args:
@@ -79,17 +79,17 @@ def _way(
         arrival = template.destination.arrival(start)
         if arrival is not None:
             arrivals.append(arrival)
-    return Way(first, arrivals)
+    return Pipelines(first, arrivals)
 
 
-def _way_of_batch(
+def _pipelines_of_batch(
     telemetry: Telemetry, client: TracedClient, records: Sequence[Record], now: int
-) -> Way | None:
+) -> Pipelines | None:
     """Find the pipelines of records, if pipelines are measured."""
     if not telemetry.config.pipeline_latency:
         return None
     messages = ((record, extract(record.headers)[0]) for record in records)
-    return _way(telemetry, client, messages, now)
+    return _pipelines_of(telemetry, client, messages, now)
 
 
 class PipelineScope(Scope):
@@ -99,21 +99,36 @@ class PipelineScope(Scope):
         template: The template of the operation.
         span: Its span, or None if it is only measured.
         started: When it started.
-        way: The pipelines of its messages.
+        pipelines: Those of its messages.
     """
 
-    __slots__ = ("way",)
+    __slots__ = ("pipelines",)
 
     def __init__(
-        self, template: OperationTemplate, span: Span | None, started: Moment, way: Way
+        self,
+        template: OperationTemplate,
+        span: Span | None,
+        started: Moment,
+        pipelines: Pipelines,
     ) -> None:
-        self.way = way
+        self.pipelines = pipelines
         super().__init__(template, span, started)
 
     def _measure(self, elapsed: int, partition: int | None, messages: int) -> None:
         super()._measure(elapsed, partition, messages)
         context = None if self.span is None else Context({SPAN_KEY: self.span})
-        measure(self.way.arrivals, self.started[0] + elapsed, context)
+        measure(self.pipelines.arrivals, self.started[0] + elapsed, context)
+
+
+def _new_scope(
+    template: OperationTemplate,
+    span: Span | None,
+    started: Moment,
+    pipelines: Pipelines | None,
+) -> Scope:
+    if pipelines is None:
+        return Scope(template, span, started)
+    return PipelineScope(template, span, started, pipelines)
 
 
 def start_without_span() -> Start | None:
@@ -121,7 +136,7 @@ def start_without_span() -> Start | None:
     scope = innermost.get(None)
     while scope is not None:
         if isinstance(scope, PipelineScope) and scope.span is None and not scope.ended:
-            return scope.way.start
+            return scope.pipelines.start
         scope = scope._below
     return None
 
@@ -162,9 +177,9 @@ def open_scope(
         Context({**around, **carried}) if around and carried else around or carried
     )
     links = () if created is None else (Link(created),)
-    way = None
+    pipelines = None
     if config.pipeline_latency:
-        way = _way(telemetry, client, ((record, carried),), started[0])
+        pipelines = _pipelines_of(telemetry, client, ((record, carried),), started[0])
     span = telemetry.start_span(
         template,
         SpanKind.CONSUMER,
@@ -180,11 +195,7 @@ def open_scope(
     ):
         # Without an SDK there is nothing to make current. This halves the cost.
         return None
-    scope = (
-        Scope(template, span, started)
-        if way is None
-        else PipelineScope(template, span, started, way)
-    )
+    scope = _new_scope(template, span, started, pipelines)
     try:
         scope.enter(ScopeMessages((record,), links, context), around, context)
         if span is not None and config.consume_hook is not None:
@@ -222,9 +233,10 @@ def open_batch_scope(
         return _open_measured(telemetry, client, template, records, started, around)
     attributes = template.attributes.copy()
     links = tuple(account_for(config, records, topic, partition, attributes))
-    way, context = _way_of_batch(telemetry, client, records, started[0]), around
-    if way is not None and way.start is not None:
-        context = carrying(way.start, around)
+    context = around
+    pipelines = _pipelines_of_batch(telemetry, client, records, started[0])
+    if pipelines is not None and pipelines.start is not None:
+        context = carrying(pipelines.start, around)
     span = telemetry.start_span(
         template,
         SpanKind.CONSUMER,
@@ -233,11 +245,7 @@ def open_batch_scope(
         _parent(config, around, around),
         links,
     )
-    scope = (
-        Scope(template, span, started)
-        if way is None
-        else PipelineScope(template, span, started, way)
-    )
+    scope = _new_scope(template, span, started, pipelines)
     scope.enter(ScopeMessages(records, links, around), around, context)
     return scope
 
@@ -274,14 +282,10 @@ def _open_measured(
     around: Context,
 ) -> Scope | None:
     """Enter a scope that has no span and is only measured."""
-    way = _way_of_batch(telemetry, client, records, started[0])
-    if template.duration is None and way is None:
+    pipelines = _pipelines_of_batch(telemetry, client, records, started[0])
+    if template.duration is None and pipelines is None:
         return None
-    scope = (
-        Scope(template, None, started)
-        if way is None
-        else PipelineScope(template, None, started, way)
-    )
+    scope = _new_scope(template, None, started, pipelines)
     scope.enter(ScopeMessages(records, (), around), around, around)
     return scope
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import textwrap
 import threading
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from kafka import KafkaProducer, TopicPartition
+from kafka.future import Future
 from kafka.producer.future import FutureProduceResult, FutureRecordMetadata
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
@@ -27,7 +30,7 @@ from otel_kafka_python import (
     process_span,
 )
 from otel_kafka_python._operation import PendingOperation
-from recorder import Recorder
+from recorder import Log, Recorder
 from scripts import forks, needs_fork, run, run_recorded
 
 
@@ -124,6 +127,92 @@ def test_what_is_still_open_is_found_and_ended_once(
 
 
 @pytest.mark.cpython
+class Refusing:
+    """What a span's `set_attributes` becomes to raise an error."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __call__(self, *_: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.cpython
+def test_a_span_that_cannot_be_told_its_error_ends_when_its_future_is_dropped(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    instrument()
+    producer = clients.producer()
+    future = producer.send(topic, b"lost")
+    cast("Any", recorder.started[0]).set_attributes = Refusing(ValueError)
+    del future
+    collect()
+    kept = producer.send(f"{topic}-next", b"kept")
+    assert recorder.open() == [f"send {topic}-next"]
+    assert not kept.is_done
+    _endings.abandon_all()
+    assert [message.partition(";")[0] for message in log.take()] == [
+        "Failed to record an error", "Failed to end a span",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["the call", "the exit"])
+def test_an_interrupt_of_a_failure_leaves_no_span_open(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    def send(*_: Any, **__: Any) -> Any:
+        cast("Any", recorder.started[0]).set_attributes = Refusing(KeyboardInterrupt)
+        if way == "the call":
+            raise ValueError
+        return pending(topic)
+
+    monkeypatch.setattr(KafkaProducer, "send", send)
+    instrument()
+    with pytest.raises(KeyboardInterrupt):
+        kept = clients.producer().send(topic, b"value")
+        _endings.abandon_all()
+        assert not kept.is_done
+    assert recorder.open() == []
+    KafkaPythonInstrumentor().uninstrument()
+
+
+def test_what_an_interrupt_left_half_made_is_dropped_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    PendingOperation.__new__(PendingOperation)
+    collect()
+    assert raised == []
+
+
+def test_an_answer_that_cannot_be_read_raises_nothing(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log: Log,
+) -> None:
+    monkeypatch.setattr(Future, "error_on_callbacks", True)
+    instrument()
+    future = clients.producer().send(topic, b"value")
+    future.success(object())
+    (message,) = log.take()
+    assert message.startswith("Failed to end an operation with its answer")
+    _endings.abandon_all()
+
+
 def test_a_future_that_is_done_keeps_nothing_of_its_send(
     instrumented: None, clients: Clients, topic: str
 ) -> None:

@@ -170,13 +170,15 @@ class Delivery(PendingOperation):
     def abandon(self, ended: int) -> None:
         """End it without knowing whether the message arrived."""
         if self.claim():
-            self.fail(None)
-            self.end_claimed(
-                self._known_attributes(),
-                ended=ended,
-                partition=_kafka.partition_number(self._partition),
-                messages=1,
-            )
+            try:
+                self.fail(None)
+            finally:  # also after an interrupt
+                self.end_claimed(
+                    self._known_attributes(),
+                    ended=ended,
+                    partition=_kafka.partition_number(self._partition),
+                    messages=1,
+                )
 
 
 class _InContext:

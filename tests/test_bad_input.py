@@ -78,6 +78,7 @@ def test_a_broker_that_goes_away_under_a_consumer_is_no_error_of_ours(
         (("topic", b"value"), {"headers": [["shop", b"1"]]}),
         (("topic", b"value"), {"headers": [("shop", b"1"), (b"shop", b"1")]}),
         (("topic", b"value"), {"headers": [("shop", b"1"), ("shop", None)]}),
+        (("topic", b"value"), {"headers": [(1, b"1")]}),
     ],
     ids=repr,
 )

@@ -985,6 +985,24 @@ def test_an_answer_after_a_commit_was_given_up_changes_nothing(
     assert measured(recorder) == 1
 
 
+def test_an_interrupt_while_a_commit_is_given_up_leaves_no_span_open(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    consumer, answer = clients.consumer(group_id=topic), Future()
+    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    (span,) = recorder.started
+    patched.setattr(span, "set_attributes", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _endings.abandon_all()
+    assert recorder.open() == []
+
+
 def test_a_coordinator_that_cannot_be_read_costs_the_peer_alone(
     instrument: Instrument,
     patched: pytest.MonkeyPatch,

@@ -1,11 +1,11 @@
-"""Three services, one broker, one trace of them all.
+"""Draws the trace of a checkout through three services.
 
     python examples/demo
 
 starts the embedded broker and three services, each under `opentelemetry-instrument`.
-A few hundred orders go through them, of which few are traced and all are measured, and
-then one checkout, whose trace it draws. `--otlp http://localhost:4318` sends the traces
-and metrics to a backend, too.
+First, it sends a few hundred orders: all are measured, and few are traced. Then it
+sends one checkout and draws its trace. `--otlp http://localhost:4318` also sends the
+traces and metrics to a backend.
 """
 
 from __future__ import annotations
@@ -204,13 +204,13 @@ def draw(telemetry: Telemetry, plan: story.Plan, svg: Path) -> None:
         waterfall.draw_metrics(telemetry.metrics),
         svg,
     )
-    print(f" The same picture is in {svg}.")
+    print(f" The picture is also in {svg}.")
 
 
 def url(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(
-            f"{text} is no URL, as http://localhost:4318 is"
+            f"{text} is not a URL like http://localhost:4318"
         )
     return text
 
@@ -221,7 +221,7 @@ def main() -> int:
         "--svg",
         type=Path,
         default=Path("build/demo.svg"),
-        help="where the picture goes (default: %(default)s)",
+        help="where to save the picture (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
@@ -239,7 +239,7 @@ def main() -> int:
         "--otlp",
         type=url,
         metavar="URL",
-        help="a backend to send to, too, by OTLP over HTTP: http://localhost:4318",
+        help="also send to this backend by OTLP over HTTP: http://localhost:4318",
     )
     arguments = parser.parse_args()
     return demonstrate(

@@ -1,4 +1,4 @@
-"""What the metrics say of all orders, and where these wait."""
+"""The metrics of all orders, and where the orders wait."""
 
 from __future__ import annotations
 

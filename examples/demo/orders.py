@@ -1,4 +1,4 @@
-"""Takes one checkout and sends its orders; one is larger than the broker takes."""
+"""Sends the orders of one checkout; one is larger than the broker accepts."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Takes orders in a loop and sends on those that are paid; it is slow on purpose."""
+"""Charges orders in a loop and sends the paid ones on; it is slow on purpose."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Tells the demo that a service has its partitions and will wait for nothing else."""
+"""Tells the demo that a service has its partitions and is ready."""
 
 from typing import Any
 

@@ -33,15 +33,15 @@ class Relay(ThreadingHTTPServer):
         self.failures: dict[str, str] = {}
 
     def report(self) -> list[str]:
-        """What the backend has taken, and what it has not."""
+        """Whether the backend has received the traces and the metrics."""
         lines = []
         for kind in ("traces", "metrics"):
             path = f"/v1/{kind}"
             if path in self.taken:
-                lines.append(f"{self.backend} has the {kind}, too.")
+                lines.append(f"The {kind} were also sent to {self.backend}.")
             else:
                 why = self.failures.get(path, "there were none")
-                lines.append(f"{self.backend} has no {kind}: {why}.")
+                lines.append(f"The {kind} were not sent to {self.backend}: {why}.")
         return lines
 
 

@@ -1,4 +1,4 @@
-"""Sends many small orders, one after the other; OTEL's sampler keeps a few traces."""
+"""Sends many small orders; the sampler keeps a few of their traces."""
 
 import json
 import os

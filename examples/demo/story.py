@@ -1,4 +1,4 @@
-"""What the demo expects to see, what it saw, and where the time went."""
+"""The traces that the demo expects, the traces that it got, and where the time went."""
 
 from __future__ import annotations
 

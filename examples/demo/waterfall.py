@@ -187,7 +187,7 @@ def _beside(columns: list[Column], rows: list[Row]) -> int:
 
 
 def explain(root: Span, slow: Span, stages: list[Stage], worst: Bottleneck) -> Padding:
-    """A few lines that say what one sees in the trace."""
+    """A few lines that explain the trace."""
     total = sum(stage.duration for stage in stages)
     sums: dict[str, int] = {}
     for stage in stages:
@@ -198,10 +198,11 @@ def explain(root: Span, slow: Span, stages: list[Stage], worst: Bottleneck) -> P
         for row in Row(root).below()
         if row.span.failed
     ]
+    median = duration(worst.median)
     return _say(
         f"Order {slow.attributes.get(KEY)} took {duration(total)}: {parts}.\n"
-        f"The bottleneck is [bold]{worst.service}[/]: the median of {worst.orders} "
-        f"orders is {duration(worst.median)}, and later orders wait in the topic.\n"
+        f"The bottleneck is [bold]{worst.service}[/]: it takes {median} per order "
+        f"(median of {worst.orders}), and later orders wait in the topic.\n"
         f"[bold red]In red[/]: {'; '.join(failed)}. "
         "The services contain no code for this."
     )
@@ -220,7 +221,7 @@ def _error(span: Span) -> str:
 
 
 def draw_hops(hops: list[Hop], latency: Measured, sampled: int) -> Group:
-    """A table of all orders: how long they waited for each service, and took there."""
+    """A table of how long all orders waited for each service and took there."""
     slow = slowest(hops)
     orders = hops[0].waiting.count
     table = Table(box=None, padding=(0, 1), header_style="dim")
@@ -242,12 +243,12 @@ def draw_hops(hops: list[Hop], latency: Measured, sampled: int) -> Group:
     return Group(
         table,
         _say(
-            f"From its send to its shipping, an order takes {_estimate(latency, 0.5)} "
+            f"From send to shipping, an order takes {_estimate(latency, 0.5)} "
             f"(median; 99 %: {_estimate(latency, 0.99)}).\n"
-            f"[bold]{slow.service}[/] holds the pipeline up: half of the orders waited "
-            f"{waiting} or longer for it, and it takes {processing} on average. The "
-            f"metrics cover all orders; {sampled} of those before the checkout have a "
-            "trace."
+            f"[bold]{slow.service}[/] is the bottleneck: half of the orders waited "
+            f"{waiting} or longer for it, and it takes {processing} on average.\n"
+            f"The metrics cover all orders. Only {sampled} of the orders before the "
+            "checkout have a trace."
         ),
     )
 
@@ -286,8 +287,8 @@ COUNTS = {
     "messages sent": "messaging.client.sent.messages send",
     "messages refused": "messaging.client.sent.messages send failed",
     "messages consumed": "messaging.client.consumed.messages poll",
-    "a send took": "messaging.client.operation.duration send",
-    "a commit took": "messaging.client.operation.duration commit",
+    "send duration": "messaging.client.operation.duration send",
+    "commit duration": "messaging.client.operation.duration commit",
 }
 
 

@@ -23,6 +23,7 @@ from clients import Clients, poll
 from otel_kafka_python import process_span
 from otel_kafka_python._processing import loops
 from recorder import Log, Recorder
+from scripts import run
 
 pytestmark = pytest.mark.one_broker
 
@@ -583,3 +584,49 @@ def test_what_fails_in_looking_for_it_is_logged_and_changes_nothing(
     check_not_failed(recorder, topic)
     (message,) = log.take()
     assert "see how a loop ended" in message
+
+
+FIRST_FAILURE = """
+import gc, sys
+from otel_kafka_python._processing import loops
+
+class Items:
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        frame = sys._getframe(1)
+        self.code = frame.f_code
+        assert loops.is_loop(frame)
+        return 1
+
+    def __del__(self):
+        print(loops.failure(
+            sys._getframe(1), self.code, loops.Asker.LOOP, loops.references_to_stops()
+        ))
+
+def fail():
+    for _ in Items():
+        # A collection of two generations is due after 200 more objects.
+        gc.set_threshold(100_000, 1, 10)
+        gc.collect()
+        gc.collect(0)
+        gc.collect(0)
+        gc.set_threshold(gc.get_count()[0] + 200, 1, 10)
+        int("x")
+
+try:
+    fail()
+except ValueError:
+    pass
+"""
+
+
+@pytest.mark.cpython
+def test_the_first_failure_of_a_process_is_found_although_a_collection_is_near() -> (
+    None
+):
+    done = run(FIRST_FAILURE)
+    named = "ValueError(\"invalid literal for int() with base 10: 'x'\")"
+    is_named = NAMES and "free-threading" not in sys.version
+    assert done.stdout == f"Failure(error={named if is_named else None})\n", done.stderr

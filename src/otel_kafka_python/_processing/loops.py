@@ -104,7 +104,12 @@ def asker_at(code: CodeType, filename: str, offset: int) -> Asker:
     """
     if not _is_trusted() or _is_library(filename):
         return Asker.OTHER
-    return _read(code, offset)
+    asker = _read(code, offset)
+    # At the first failure, it would be too late: the trial makes so many objects that a
+    # collection may hide the exception that is searched for.
+    if asker is not Asker.OTHER and _has_few_young():
+        _trial()
+    return asker
 
 
 def _is_library(filename: str) -> bool:
@@ -300,12 +305,19 @@ def _may_be_closing(frame: FrameType) -> bool:
 
 @lru_cache(maxsize=1024)
 def _opname(code: CodeType, offset: int) -> str:
-    """The name of an instruction; RERAISE for a bare `raise`."""
-    instructions = list(dis.get_instructions(code))
-    instruction = instructions[_index_of(instructions, offset)]
-    if instruction.opname == "RAISE_VARARGS" and not instruction.arg:
-        return "RERAISE"
-    return instruction.opname
+    """The name of an instruction; RERAISE for a bare `raise`.
+
+    This makes hardly any objects, unlike `dis.get_instructions`: a collection before
+    the search would hide the exception that is searched for.
+    """
+    bytecode = code.co_code
+    while dis.opname[bytecode[offset]] == "CACHE":
+        offset -= 2
+    while dis.opname[bytecode[offset]] == "EXTENDED_ARG":
+        offset += 2
+    name = dis.opname[bytecode[offset]]
+    is_bare = name == "RAISE_VARARGS" and not bytecode[offset + 1]
+    return "RERAISE" if is_bare else name
 
 
 def _failure_in(frame: FrameType, stops: int) -> Failure | None:
@@ -408,12 +420,12 @@ def _is_thrown_in(traceback: TracebackType) -> bool:
 
 def _is_searchable() -> bool:
     """Whether the youngest objects can be searched now, in a short time."""
+    return _has_few_young() and _trial().finds
+
+
+def _has_few_young() -> bool:
     # A free-threaded build has no generations, so the search would list all objects.
-    return (
-        "free-threading" not in sys.version
-        and gc.get_count()[0] < _MOST_YOUNG
-        and _trial().finds
-    )
+    return "free-threading" not in sys.version and gc.get_count()[0] < _MOST_YOUNG
 
 
 class _Trial(NamedTuple):
@@ -458,10 +470,11 @@ def _try_endings() -> _Trial:
         except (ValueError, TypeError) as error:  # noqa: PERF203 (there are three)
             errors.append(error)
     _leave(found)
-    return _Trial(
-        finds=[entries for entries, _ in found] == [1, 1, 0, 0],
-        names=[fitting for _, fitting in found] == [*([id(e)] for e in errors), []],
-    )
+    names = [fitting for _, fitting in found] == [*([id(e)] for e in errors), []]
+    # They hold this frame and, through it, the frames and the iterator of the loop that
+    # is being recognised.
+    errors.clear()
+    return _Trial([entries for entries, _ in found] == [1, 1, 0, 0], names)
 
 
 def _leave(found: list[tuple[int, list[int]]]) -> None:

@@ -13,7 +13,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
-from otel_kafka_python import KafkaPythonInstrumentor, _config, _safety
+from otel_kafka_python import KafkaPythonInstrumentor, _config, _safety, _span_ends
 from otel_kafka_python._config import Config, load
 from otel_kafka_python._processing import process_span
 from pages import section
@@ -192,10 +192,11 @@ def test_every_keyword_reaches_what_it_sets(
         "but should be",
         "process_span() takes a record, a sequence of records, or the dict that poll()",
         "the application is not affected",
+        "The end of a span delayed kafka-python by",
     ],
 )
 def test_a_warning_is_explained_where_people_look_for_it(warning: str) -> None:
-    modules = (_config, _safety, process_span, dependencies)
+    modules = (_config, _safety, _span_ends, process_span, dependencies)
     source = "".join(inspect.getsource(module) for module in modules)
     joined = re.sub(r'"\s+"', "", source)
     assert warning in joined

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import (
     ConsoleSpanExporter,
     SimpleSpanProcessor,
@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from clients import DEADLINE, Clients
 from conftest import Instrument
 from otel_kafka_python import _span_ends, process_span
+from pages import section
 from recorder import Log
 from scripts import run
 
@@ -137,6 +138,52 @@ def test_a_span_that_is_kept_in_the_process_has_ended_when_its_message_has(
     instrument(tracer_provider=provider)
     clients.send(b"value")
     assert exported == [f"send {topic}"]
+
+
+class Slow(SpanProcessor):
+    """Takes its time, by a clock that only this processor moves."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.now = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.now += int(self.seconds * 1e9)
+
+    def monotonic_ns(self) -> int:
+        return self.now
+
+
+@pytest.mark.one_client
+@pytest.mark.parametrize(("seconds", "warnings"), [(0.9, 0), (1.5, 1)])
+def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_once(
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    warnings: int,
+) -> None:
+    processor = Slow(seconds)
+    monkeypatch.setattr(_span_ends, "time", processor)
+    monkeypatch.setattr(_span_ends, "_LONGEST_END", 10**9)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    instrument(tracer_provider=provider)
+    producer = clients.producer()
+    for _ in range(3):
+        producer.send(topic, b"value")
+    producer.close()  # and its thread
+    logged = log.take()
+    assert len(logged) == warnings
+    for message in logged:
+        assert message.startswith(
+            "The end of a span delayed kafka-python by 1.5 seconds"
+        )
+        assert "BatchSpanProcessor" in message
+        assert "'The end of spans' on the page 'Limits'" in message
+        assert "longer than a second" in section("limits", "The end of spans")
 
 
 def test_at_the_exit_spans_that_wait_are_exported(clients: Clients, topic: str) -> None:

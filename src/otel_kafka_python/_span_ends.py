@@ -2,7 +2,8 @@
 
 kafka-python calls back with the answers on its I/O thread. If a span processor exports
 each span as it ends and waits for a collector that hangs, it delays all messages of the
-producer until they expire. Such spans end on a thread of this package.
+producer until they expire. Such spans end on a thread of this package. If a custom
+processor blocks, a warning says so.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import os
 import queue
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from opentelemetry.trace import Span
 
-from otel_kafka_python._safety import report
+from otel_kafka_python._safety import is_new, logger, report
 
+# How long a custom processor may delay other answers, in nanoseconds.
+_LONGEST_END = 1_000_000_000
 # The default queue size of a BatchSpanProcessor.
 _MOST_WAITING = 2048
 _SECONDS_AT_EXIT = 5.0
@@ -61,12 +66,12 @@ class _Ender:
 
 _ender: _Ender | None = None
 _lock = threading.Lock()
-# The processors of the last span, and whether they may block.
-_known: tuple[object, bool] = (None, False)
+# The processors of the last span; does one export at once, and is one custom?
+_known: tuple[object, bool, bool] = (None, False, False)
 
 
 def end_span(span: Span, ended: int) -> None:
-    """End a span, on another thread if its processors may block this one.
+    """End a span, on another thread if its processors are known to block this one.
 
     Args:
         span: The span.
@@ -81,24 +86,59 @@ def end_span(span: Span, ended: int) -> None:
     known = _known
     # Adding a processor replaces the tuple.
     if known[0] is not own._span_processors:
-        known = _known = own._span_processors, _exports_at_once(own)
+        parts = [*_parts(own)]
+        exports, custom = any(map(_exports_at_once, parts)), any(map(_is_custom, parts))
+        known = _known = own._span_processors, exports, custom
     if known[1]:
         _take().end(span, ended)
+    elif known[2]:
+        before = time.monotonic_ns()
+        span.end(ended)
+        elapsed = time.monotonic_ns() - before
+        if elapsed > _LONGEST_END:
+            _warn_of_delay(elapsed)
     else:
         span.end(ended)
 
 
+def _parts(processor: Any) -> Iterator[Any]:
+    """The processors that a processor consists of."""
+    parts = getattr(processor, "_span_processors", None)
+    if parts is None:
+        yield processor
+    else:
+        for part in parts:
+            yield from _parts(part)
+
+
 def _exports_at_once(processor: Any) -> bool:
     """Whether an SDK processor exports each span as it ends, out of the process."""
-    parts = getattr(processor, "_span_processors", None)
-    if parts is not None:
-        return any(map(_exports_at_once, parts))
     sdk = sys.modules.get("opentelemetry.sdk.trace.export")
     if sdk is None or not isinstance(processor, sdk.SimpleSpanProcessor):
         return False
     # The SDK's own exporters write to memory or to the console.
-    exporter = type(getattr(processor, "span_exporter", None))
-    return not exporter.__module__.startswith("opentelemetry.sdk.")
+    return _is_custom(getattr(processor, "span_exporter", None))
+
+
+def _is_custom(part: Any) -> bool:
+    """Whether a part of an SDK is not the SDK's own."""
+    return not type(part).__module__.startswith("opentelemetry.sdk.")
+
+
+def _warn_of_delay(elapsed: int) -> None:
+    """Warn, once, that the end of a span has delayed other answers.
+
+    Args:
+        elapsed: How long it took, in nanoseconds.
+    """
+    if is_new("a delay of answers"):
+        logger.warning(
+            "The end of a span delayed kafka-python by %.1f seconds, and messages may "
+            "expire meanwhile; export with a BatchSpanProcessor, and let a custom span "
+            "processor do slow work on another thread (see 'The end of spans' on the "
+            "page 'Limits' of the documentation)",
+            elapsed / 1e9,
+        )
 
 
 def _take() -> _Ender:

@@ -200,14 +200,14 @@ class _InContext:
             _leave(entered)
 
 
-# The context that is current for application code, the one before, and the token.
-_Entered = tuple[Context, Context, Token[Context]]
+# The context before the one that is current for application code, and its token.
+_Entered = tuple[Context, Token[Context]]
 
 
 def _enter(context: Context | None) -> _Entered | None:
     """Make a context current, if there is one, while application code runs."""
     try:
-        return None if context is None else (context, get_current(), attach(context))
+        return None if context is None else (get_current(), attach(context))
     except Exception:
         report("enter the context of a producer's code")
         return None
@@ -217,8 +217,7 @@ def _leave(entered: _Entered | None) -> None:
     """Restore the context that was current before."""
     try:
         if entered is not None:
-            context, before, token = entered
-            restore(before, token, context)
+            restore(*entered)
     except Exception:
         report("leave the context of a producer's code")
 

@@ -228,27 +228,10 @@ class Scope(Operation):
         self._marker = None
         if self._around is not None:
             try:
-                self._restore(self._around, [*later, self])
+                restore(self._around, self._token, [*later, self])
             except Exception:
                 report("restore the context after a process span")
         return True
-
-    def _restore(self, around: Context, scopes: Sequence[Scope]) -> None:
-        """Make the context current that follows these scopes."""
-        restored, replaced, is_covered = around, None, True
-        try:
-            replaced = otel_context.get_current()
-            is_covered = replaced is not around
-            for each in scopes:
-                is_covered = is_covered and replaced is not each._attached
-            if is_covered:
-                restored = self._without(scopes, replaced, around)
-        finally:  # also after a failure
-            if is_covered:
-                for each in scopes:
-                    each._stand_for(around)
-            token = self._token if restored is around else None
-            restore(restored, token, replaced)
 
     def _without(
         self, scopes: Sequence[Scope], current: Context, around: Context
@@ -347,21 +330,34 @@ class Scope(Operation):
 
 
 def restore(
-    restored: Context, token: Token[Context] | None, replaced: Context | None
+    around: Context, token: Token[Context] | None, scopes: Sequence[Scope] = ()
 ) -> None:
-    """Make a context current again, even if `detach` fails.
+    """Make the context around code current again, even if `detach` fails.
 
     Args:
-        restored: The context.
-        token: The token to detach, if that restores the context.
-        replaced: The context that is current now.
+        around: The context.
+        token: The token that detaching takes to restore it.
+        scopes: The scopes that end here, the last one first. What the application made
+            current in them may stay.
     """
+    restored, replaced, is_covered = around, None, True
     try:
-        if token is not None:
-            otel_context.detach(token)
-    finally:  # OpenTelemetry logs a failure and continues
-        if otel_context.get_current() is replaced is not restored:
-            otel_context.attach(restored)
+        replaced = otel_context.get_current()
+        is_covered = replaced is not around
+        for each in scopes:
+            is_covered = is_covered and replaced is not each._attached
+        if is_covered and scopes:
+            restored = scopes[-1]._without(scopes, replaced, around)
+    finally:  # also after a failure
+        if is_covered:
+            for each in scopes:
+                each._stand_for(around)
+        try:
+            if restored is around and token is not None:
+                otel_context.detach(token)
+        finally:  # OpenTelemetry logs a failure and continues
+            if otel_context.get_current() is replaced is not restored:
+                otel_context.attach(restored)
 
 
 def undo_left() -> Scope | None:

@@ -190,6 +190,19 @@ def test_what_is_not_sampled_is_measured_and_no_exemplar(
         assert [list(point.exemplars) for point in points] == [[]] * len(points)
 
 
+def test_of_what_has_no_span_the_current_one_is_the_exemplar(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(receive_spans=False)
+    clients.send(b"1")
+    consumer = clients.consumer()
+    with recorder.tracer.start_as_current_span("work") as work:
+        poll(consumer)
+    (point,) = recorder.points(OPERATION, messaging_operation_name="poll")
+    (exemplar,) = point.exemplars
+    assert exemplar.span_id == work.get_span_context().span_id
+
+
 def test_next_is_measured_itself_and_not_its_poll(
     instrumented: None, clients: Clients, recorder: Recorder
 ) -> None:

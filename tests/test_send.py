@@ -326,6 +326,7 @@ def test_an_unknown_partition_ends_the_span(
     with pytest.raises((AssertionError, ValueError)) as raised:
         clients.producer().send(topic, b"value", partition=99)
     assert_failed(recorder.one(f"send {topic}"), raised.value, raised.type.__qualname__)
+    assert recorder.points("messaging.client.sent.messages") == []
 
 
 def test_a_message_too_large_for_the_client(

@@ -209,9 +209,9 @@ class ConsumerWrappers:
         if not traced:
             return
         template = self.telemetry.template(client, POLL, *shared(traced))
-        if template is not None:
-            client.polled = started, ended
-            Operation(template, None, started).end(ended=ended)
+        assert template is not None  # what is left is not excluded
+        client.polled = started, ended
+        Operation(template, None, started).end(ended=ended)
 
     def _receive_batch(
         self, client: TracedClient, started: Moment, polled: Any
@@ -223,8 +223,7 @@ class ConsumerWrappers:
             return
         topic, partition = shared(traced)
         template = telemetry.template(client, POLL, topic, partition)
-        if template is None:
-            return
+        assert template is not None  # what is left is not excluded
         span = None
         if telemetry.config.receive_spans:
             attributes = template.attributes.copy()

@@ -60,7 +60,7 @@ class _Phases:
 
 # PyPy's collector has no callbacks. Without reference counts, only it finalises.
 _collector_tells = hasattr(gc, "callbacks")
-if _collector_tells:
+if _collector_tells:  # pragma: no branch (PyPy is not measured)
     gc.callbacks.append(partial(setattr, _Phases()))
 
 
@@ -79,7 +79,7 @@ def abandon_deferred() -> None:
     while deferred:
         try:
             operation, ended = deferred.popleft()
-        except IndexError:  # another thread was faster
+        except IndexError:  # pragma: no cover (another thread was faster)
             return
         operation.abandon(ended)
 

@@ -169,14 +169,10 @@ def _index_of(instructions: list[dis.Instruction], offset: int) -> int:
 
 def _last_of_body(instructions: list[dis.Instruction], back: int) -> str:
     """The last instruction of a loop's body, before its jump `back` to the start."""
-    for index in range(back - 1, 0, -1):
-        name = instructions[index].opname
-        before = instructions[index - 1].opname
-        if name == "POP_TOP" and before == "END_FOR":
-            continue
-        if name not in _LOOP_ENDS:
-            return name
-    return ""
+    names = [each.opname for each in instructions[:back]]
+    while names[-1] in _LOOP_ENDS or names[-2:] == ["END_FOR", "POP_TOP"]:
+        names.pop()
+    return names[-1]
 
 
 class _Probe:

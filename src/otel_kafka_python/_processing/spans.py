@@ -225,8 +225,7 @@ def open_batch_scope(
     """
     topic, partition = shared({(each.topic, each.partition) for each in records})
     template = telemetry.template(client, PROCESS, topic, partition)
-    if template is None:
-        return None
+    assert template is not None  # the topic is not excluded
     config, started = telemetry.config, (time.time_ns(), time.monotonic_ns())
     around = _context_around(current)
     if not config.process_spans:

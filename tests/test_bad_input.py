@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from embedded_broker import EmbeddedBroker
 from kafka import KafkaConsumer, KafkaProducer
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from apache_broker import free_ports
 from clients import DEADLINE, VERSION, Clients, poll
 from conftest import Instrument
-from otel_kafka_python import process_span
-from recorder import Recorder, attributes_of
+from otel_kafka_python import _kafka, process_span
+from recorder import Log, Recorder, attributes_of
 
 
 @pytest.mark.parametrize("client", [KafkaProducer, KafkaConsumer])
@@ -122,16 +123,38 @@ def test_a_client_without_a_configuration_is_traced_with_what_there_is(
     assert recorder.names() == [f"send {topic}"]
 
 
+def test_a_client_that_cannot_be_read_is_traced_without_headers(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(client: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(_kafka, "sends_headers", fail)
+    instrument()
+    clients.send(b"value")
+    with suppress_instrumentation():
+        assert next(clients.consumer()).headers == []
+    recorder.one(f"send {topic}")
+    (message,) = log.take()
+    assert message.startswith("Failed to read the configuration of a client")
+
+
+@pytest.mark.parametrize("timestamp", [0, -1])
 @pytest.mark.parametrize("way", ["record", "batch"])
 def test_a_record_that_a_test_made_up_is_processed(
-    instrument: Instrument, recorder: Recorder, way: str
+    instrument: Instrument, recorder: Recorder, way: str, timestamp: int
 ) -> None:
     instrument(capture_queue_time=True, capture_message_size=True, capture_headers="*")
     made_up: Any = SimpleNamespace(
         topic="topic",
         partition=0,
         offset=3,
-        timestamp=0,
+        timestamp=timestamp,
         key=b"k",
         value=b"",
         headers=[],
@@ -140,6 +163,8 @@ def test_a_record_that_a_test_made_up_is_processed(
         pass
     (attributes,) = attributes_of([recorder.one("process topic")])
     assert attributes["messaging.kafka.message.key"] == "k"
+    has_time = "kafka.record.queue_time_ms" in attributes
+    assert has_time == (way == "record" and timestamp == 0)
 
 
 class Silent(KafkaProducer):  # type: ignore[misc]  # untyped

@@ -117,6 +117,25 @@ def test_instrumented_by_hand_before_the_other_ours_takes_over_at_the_first_use(
 
 
 @skips_itself
+def test_where_the_other_cannot_be_removed_both_trace_and_this_is_logged(
+    contrib: Any, instrument: Instrument, clients: Clients, recorder: Recorder,
+    topic: str, log: Log, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(self: Any) -> None:
+        raise RuntimeError
+
+    contrib()
+    with monkeypatch.context() as patched:
+        patched.setattr(KafkaInstrumentor, "uninstrument", fail)
+        instrument()
+        clients.send(b"value")
+    (message,) = log.take()
+    assert message.startswith("Failed to take over from opentelemetry-instrumentation")
+    assert recorder.names() == [f"send {topic}", f"{topic} send"]
+    KafkaPythonInstrumentor().uninstrument()
+
+
+@skips_itself
 def test_uninstrumenting_ours_leaves_the_others_layer(
     instrument: Instrument, contrib: Any, clients: Clients, recorder: Recorder,
     topic: str,

@@ -105,6 +105,13 @@ def test_excluded_topics_have_a_variable() -> None:
             "is used instead",
         ),
         (
+            {"excluded_topics": 1},
+            {},
+            "the keyword excluded_topics is 1, but should be globs: comma-separated, "
+            "or a list of str; the default, __consumer_offsets,__transaction_state, "
+            "is used instead",
+        ),
+        (
             {"produce_hook": "print"},
             {},
             "the keyword produce_hook is 'print', but should be a callable; "

@@ -20,7 +20,7 @@ from otel_kafka_python._instrumentor import begin_launch, take_over
 from recorder import Log
 from scripts import run
 
-pytestmark = pytest.mark.one_client
+pytestmark = pytest.mark.two_clients
 
 FILE = """
 file_format: "1.1"

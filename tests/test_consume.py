@@ -19,10 +19,15 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import _messages, process_span
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _consumer,
+    _messages,
+    process_span,
+)
 from otel_kafka_python._config import load
 from otel_kafka_python._processing import spans
-from recorder import Recorder, attributes_of
+from recorder import Log, Recorder, attributes_of
 
 
 def current_name() -> str | None:
@@ -419,6 +424,47 @@ def test_the_iterator_has_the_consumers_attributes(
     assert iterator.subscription() == consumer.subscription()
     with pytest.raises(AttributeError):
         iterator.nothing  # noqa: B018
+
+
+def test_a_loop_that_cannot_be_traced_is_the_consumers_own(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(consumer: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(_consumer, "iterates_by_polls", fail)
+    instrument(receive_spans=False)
+    clients.send(b"value")
+    (record,) = list(clients.finite(1))
+    assert record.value == b"value"
+    assert recorder.names() == [f"send {topic}"]
+    (message,) = log.take()
+    assert message.startswith("Failed to trace an iteration")
+
+
+def test_an_iteration_that_begins_after_uninstrument_is_the_consumers_own(
+    instrumented: None, clients: Clients
+) -> None:
+    consumer = clients.consumer()
+    iterate = consumer.__iter__
+    KafkaPythonInstrumentor().uninstrument()
+    assert iterate() is consumer
+
+
+def test_the_iterator_of_a_consumer_copies_as_the_consumer_does(
+    instrumented: None, clients: Clients, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    iterator = iter(clients.consumer())
+    assert next(iterator).offset == 0
+    copied = copy.copy(iterator)
+    assert copied.subscription() == {topic}
+    assert next(copied).offset == 1
 
 
 @pytest.mark.defect(11)

@@ -301,7 +301,6 @@ def test_an_entry_that_cannot_be_true_is_ignored(
     assert all("baggage" in line.lower() for line in log.take())
 
 
-@pytest.mark.one_client
 def test_of_too_many_sources_the_later_ones_are_other(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> None:

@@ -456,6 +456,20 @@ def test_what_is_no_record_is_one_warning_that_says_what_and_where(
     assert log.take() == [TAKES % (named, line)]
 
 
+def test_records_that_cannot_be_read_make_no_span(
+    instrumented: None, recorder: Recorder, log: Log
+) -> None:
+    class Closed(list[Any]):
+        def __iter__(self) -> Any:
+            raise RuntimeError
+
+    with process_span(Closed([1])) as span:
+        assert span is trace.INVALID_SPAN
+    assert recorder.started == []
+    (message,) = log.take()
+    assert message.startswith("Failed to explain what process_span was given")
+
+
 def test_each_place_that_passes_no_record_is_said(instrumented: None, log: Log) -> None:
     wrong: Any = None
     with process_span(wrong):

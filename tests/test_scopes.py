@@ -1123,7 +1123,9 @@ def test_what_poll_returned_can_be_rebuilt_as_a_list_can(
     records = records_of(produced)
     assert dataclasses.asdict(Batch(records))["records"] == records
     assert type(records)(records) == records
-    assert [record for record in type(records)(records)] == records
+    rebuilt = type(records)(records)
+    assert [record for record in rebuilt] == records
+    assert [record for record in reversed(rebuilt)] == records[::-1]
 
 
 def test_the_iterator_of_what_poll_returned_copies_as_a_lists_does(

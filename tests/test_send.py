@@ -27,7 +27,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
 from deliveries import assert_failed
-from otel_kafka_python import KafkaPythonInstrumentor
+from otel_kafka_python import KafkaPythonInstrumentor, _clients
 from recorder import Log, Recorder, attributes_of
 
 # Of the broker's limit, and above it; the client's own limit is lifted.
@@ -675,6 +675,45 @@ def test_the_peer_is_the_leader_at_the_acknowledgement(
     assert span.attributes is not None
     assert span.attributes["network.peer.address"] == "192.0.2.1"
     assert span.attributes["server.address"] == node.host
+
+
+def test_a_cluster_that_cannot_be_read_costs_the_peer_alone(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(_clients.Client, "leader", fail)
+    instrument()
+    clients.send(b"value")
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["messaging.kafka.offset"] == 0
+    assert "network.peer.address" not in span.attributes
+    (message,) = log.take()
+    assert message.startswith("Failed to read the metadata of a producer")
+
+
+def test_a_layer_that_returns_no_future_ends_the_send(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kafka.KafkaProducer, "send", lambda *_, **__: "sent")
+    instrument()
+    assert clients.producer().send(topic, b"value") == "sent"
+    recorder.one(f"send {topic}")
+    (message,) = log.take()
+    assert message.startswith("Failed to follow the delivery of a message")
+    KafkaPythonInstrumentor().uninstrument()
 
 
 def test_a_log_handler_that_raises_does_not_reach_the_application(

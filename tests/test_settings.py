@@ -11,7 +11,7 @@ import pytest
 from kafka import TopicPartition
 from opentelemetry import trace
 
-from clients import Clients, poll
+from clients import Clients, Finite, poll
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _endings, process_span
@@ -65,6 +65,26 @@ def test_an_excluded_topic_beside_another_is_as_if_absent(
         consumer.seek_to_beginning(*consumer.assignment())
     (attributes,) = attributes_of([recorder.one(f"poll {topic}")])
     assert attributes["messaging.batch.message_count"] == 1
+
+
+@pytest.mark.cpython
+def test_a_loop_over_an_excluded_topic_beside_another_counts_the_other(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = f"{topic}-other"
+    instrument(excluded_topics=[other])
+    producer = clients.producer()
+    for each in (topic, other):
+        producer.send(each, b"value").get(30)
+    consumer = clients.consumer(topic, other, cls=Finite)
+    consumer.count = 2
+    assert {record.topic for record in [*consumer]} == {topic, other}
+    consumer.seek_to_beginning(*consumer.assignment())
+    consumer.count = 2
+    for _ in consumer:
+        pass
+    assert recorder.names() == [f"poll {topic}", f"process {topic}", f"send {topic}"]
+    assert recorder.count("messaging.client.consumed.messages") == 2
 
 
 @pytest.mark.parametrize("excluded", ["neither", "one", "both"])

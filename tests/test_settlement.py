@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -544,6 +545,7 @@ def test_a_commit_that_would_move_nothing_fails_without_a_trace_of_the_next(
     assert measured(recorder) == 3
 
 
+@pytest.mark.parametrize("lacks", ["module", "method"])
 @pytest.mark.parametrize("given", [True, False], ids=["offsets", "no offsets"])
 def test_where_kafka_python_lacks_the_methods_the_public_ones_are_traced(
     instrument: Instrument,
@@ -552,9 +554,13 @@ def test_where_kafka_python_lacks_the_methods_the_public_ones_are_traced(
     topic: str,
     monkeypatch: pytest.MonkeyPatch,
     given: bool,
+    lacks: str,
 ) -> None:
     # Stands for a version that is not out yet.
-    monkeypatch.setattr(_kafka, "_COMMITS", (*_kafka._COMMITS, "commit_offsets"))
+    if lacks == "module":
+        monkeypatch.setitem(sys.modules, "kafka.coordinator.consumer", None)
+    else:
+        monkeypatch.setattr(_kafka, "_COMMITS", (*_kafka._COMMITS, "commit_offsets"))
     instrument(commit_spans="all")
     clients.send(b"1", b"2")
     consumer = clients.consumer(group_id=topic)

@@ -213,6 +213,26 @@ def test_an_answer_that_cannot_be_read_raises_nothing(
     _endings.abandon_all()
 
 
+class Interrupting:
+    """Metadata whose reading is interrupted."""
+
+    @property
+    def partition(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_an_answer_on_the_main_thread_is_the_applications(
+    forgetful: None, instrument: Instrument, clients: Clients, topic: str, log: Log
+) -> None:
+    instrument()
+    future = clients.producer().send(topic, b"value")
+    with pytest.raises(KeyboardInterrupt):
+        future.success(Interrupting())
+    (message,) = log.take()
+    assert message.startswith("Failed to end an operation with its answer")
+    _endings.abandon_all()
+
+
 def test_a_future_that_is_done_keeps_nothing_of_its_send(
     instrumented: None, clients: Clients, topic: str
 ) -> None:

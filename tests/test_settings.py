@@ -104,6 +104,33 @@ def test_a_failed_poll_is_traced_unless_all_of_its_topics_are_excluded(
     assert recorder.count("messaging.client.operation.duration") == traced
 
 
+@pytest.mark.cpython
+def test_a_consume_hook_changes_nothing_of_what_a_loop_measures(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(process_spans=False, consume_hook=lambda *_: None)
+    clients.send(b"1")
+    for _ in clients.consumer():
+        break
+    assert recorder.count(
+        "messaging.client.operation.duration", messaging_operation_name="poll"
+    ) == 1  # fmt: skip
+
+
+def test_a_consume_hook_that_ends_the_application_leaves_no_receipt_open(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    def hook(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    instrument(process_spans=False, consume_hook=hook)
+    clients.send(b"1")
+    with pytest.raises(KeyboardInterrupt):
+        next(clients.consumer())
+    assert recorder.open() == []
+    assert recorder.one(f"poll {topic}")
+
+
 def test_the_produce_hook_is_called_once_with_span_and_arguments(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -100,27 +100,27 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
         This does not import kafka: the clients are patched when the program imports it,
         or now if it has been imported.
 
-        A keyword that is not given is read from the environment variable that has its
-        name in capitals after `OTEL_PYTHON_KAFKA_`. Invalid values are logged once and
-        the default is used. A second call only logs a warning. Set the providers first:
-        at exit, open spans then end before the providers shut down.
+        A keyword that is not given is read from its environment variable, which is
+        `OTEL_PYTHON_KAFKA_` and the keyword in capitals. Invalid values are logged once
+        and the default is used. A second call only logs a warning. Set the providers
+        first: at exit, open spans then end before the providers shut down.
 
         Args:
-            tracer_provider: Makes the spans; the global one by default.
-            meter_provider: Makes the metrics; the global one by default.
-            logger_provider: Takes exceptions as log events, if
+            tracer_provider: The provider for spans; the global one by default.
+            meter_provider: The provider for metrics; the global one by default.
+            logger_provider: The provider for exceptions as log events, if
                 `OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN` enables them; the global one by
                 default.
             produce_hook: Called as `produce_hook(span, args, kwargs)` with each
                 send span, after its creation and before the headers are built.
             consume_hook: Called as `consume_hook(span, record, args, kwargs)` once
-                for each record with the span that accounts for it alone.
+                for each record, with the span of that single record.
             excluded_topics: Globs of topics without spans, metrics and headers.
                 Default: "__consumer_offsets" and "__transaction_state", which Kafka
                 itself writes to.
             propagation: Whether sent messages carry the context. Default: true.
             propagation_excluded_topics: Globs of topics whose messages carry no
-                context, for consumers that take no headers. Default: none.
+                context, for consumers that cannot handle headers. Default: none.
             send_spans: Whether `send` makes spans. Default: true.
             receive_spans: Whether `poll` and `next` make spans. Default: true.
             process_spans: Whether loops over records make spans. Default: true.
@@ -130,15 +130,15 @@ class KafkaPythonInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untype
             commit_spans: "manual": `commit`, `commit_async` and transactions make
                 spans. "all": auto-commits that move an offset do, too. "none": none of
                 them do. Default: "manual".
-            capture_message_key: Whether spans have the key of their message.
+            capture_message_key: Whether spans have their message's key.
                 Default: true.
             capture_message_size: Whether spans have the size of their message's
                 serialised value, in bytes. Default: false.
-            capture_headers: Globs of the header names that spans have as
+            capture_headers: Globs of the names of headers that spans have as
                 `messaging.header.<name>`, always a list of str. A glob that begins
                 with `!` excludes. Default: none.
             capture_queue_time: Whether process spans and a histogram have the time
-                from a record's timestamp until it was handed over. Default: false.
+                from a record's timestamp to its handover. Default: false.
             next_process_spans: Whether `next(consumer)` makes a process span that
                 is current until the consumer is asked for more or is closed.
                 Default: false.

@@ -49,7 +49,7 @@ def process_span(
 ) -> AbstractContextManager[Span]:
     """Trace the processing of a record, or of several as one batch.
 
-    Inside a loop over the record, it adopts the loop's span and records exceptions
+    Inside a loop over the record, it uses the loop's span and records exceptions
     there. Anywhere else (a worker thread, a record that is taken from the result of
     `poll`, a batch, a process that is not instrumented), it makes a span of its own.
 

@@ -20,7 +20,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.propagators.composite import CompositePropagator
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -542,6 +542,24 @@ def test_a_failing_processor_does_not_end_the_sender(
 class _Subclass(kafka.KafkaProducer):  # type: ignore[misc]  # untyped
     def send(self, *args: Any, **kwargs: Any) -> Any:
         return super().send(*args, **kwargs)
+
+
+def test_a_span_that_cannot_say_whether_it_is_recorded_ends(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log: Log,
+) -> None:
+    def is_recording(_: Span) -> bool:
+        raise RuntimeError
+
+    monkeypatch.setattr(Span, "is_recording", is_recording)
+    instrument(metrics=False)
+    clients.send(b"value")
+    assert recorder.names() == [f"send {topic}"]
+    assert log.take()[0].startswith("Failed to ask whether a span is recorded")
 
 
 def test_a_subclass_is_traced_once(

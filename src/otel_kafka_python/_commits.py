@@ -60,10 +60,14 @@ class CommitLedger:
 
     def take(self, offsets: Any) -> Commit | None:
         """Remove and return the first waiting commit with this very offsets object."""
-        for entry in list(self.waiting):
-            if entry.offsets is offsets and self.remove(entry):
-                return entry.commit
-        return None
+        return next(
+            (
+                entry.commit
+                for entry in list(self.waiting)
+                if entry.offsets is offsets and self.remove(entry)
+            ),
+            None,
+        )
 
     def remove(self, entry: PendingCommit) -> bool:
         """Remove an entry, and return whether it was still waiting."""

@@ -379,10 +379,10 @@ def _failing_batch() -> Any:
 
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name in _BATCH_ENDS:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, ProducerBatch):
-                return caller
+        if frame.f_code.co_name in _BATCH_ENDS and isinstance(
+            batch := frame.f_locals.get("self"), ProducerBatch
+        ):
+            return batch
         frame = frame.f_back
     return None
 

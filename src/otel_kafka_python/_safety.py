@@ -63,10 +63,8 @@ def raise_signalled() -> None:
 
 
 def _is_signalled(error: BaseException | None) -> bool:
-    if error is None:
-        return False
     handlers = set(_handlers())
-    entry = error.__traceback__
+    entry = None if error is None else error.__traceback__
     while entry is not None:
         if entry.tb_frame.f_code in handlers:
             return True

@@ -32,7 +32,7 @@ from opentelemetry.trace import Link, SpanContext, get_current_span
 from otel_kafka_python import _endings
 from otel_kafka_python._messages import Record
 from otel_kafka_python._operation import Operation
-from otel_kafka_python._propagation import SPAN_KEY, creation_context
+from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import ERROR_OTHER
 
@@ -107,11 +107,7 @@ class ScopeMessages:
     def carries(self, created: SpanContext) -> bool:
         """Whether a creation context belongs to one of these records."""
         if self._created is None:
-            contexts = [link.context for link in self._links]
-            # A large batch may have more records than links.
-            if len(contexts) < len(self.records):
-                found = (creation_context(record.headers) for record in self.records)
-                contexts = [each for each in found if each]
+            contexts = (link.context for link in self._links)
             self._created = frozenset((one.trace_id, one.span_id) for one in contexts)
         return (created.trace_id, created.span_id) in self._created
 

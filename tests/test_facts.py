@@ -158,6 +158,7 @@ def test_an_error_type_is_kafkas_name() -> None:
     [
         (kafka.errors.KafkaTimeoutError(), "KafkaTimeoutError"),
         (kafka.errors.BrokerResponseError(), "BrokerResponseError"),
+        (kafka.errors.for_code(9999)(), "UnrecognizedBrokerError"),
         (OSError(5, "with a number of its own"), "OSError"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
     ],

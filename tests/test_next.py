@@ -20,8 +20,9 @@ from clients import DEADLINE, IS_NG, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
+from otel_kafka_python._processing import iterators
 from otel_kafka_python._processing.scopes import Scope
-from recorder import Recorder
+from recorder import Log, Recorder
 from scripts import run
 
 pytestmark = pytest.mark.one_broker
@@ -44,6 +45,30 @@ def consumer(instrument: Instrument, clients: Clients) -> Any:
     instrument(next_process_spans=True)
     clients.send(b"1", b"2", b"3")
     return clients.consumer()
+
+
+@pytest.mark.parametrize("restoring", ["displace_held", "undo_left"])
+def test_where_the_context_cannot_be_restored_the_next_record_comes_all_the_same(
+    consumer: Any, log: Log, monkeypatch: pytest.MonkeyPatch, restoring: str
+) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    assert next(consumer).offset == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(iterators, restoring, fail)
+        assert next(consumer).offset == 1
+    (message,) = log.take()
+    assert message.startswith("Failed to restore the context after a process span")
+
+
+def test_an_excluded_record_is_not_processed(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    instrument(next_process_spans=True, excluded_topics=topic)
+    clients.send(b"1")
+    assert next(clients.consumer()).offset == 0
+    assert current() is None
 
 
 def test_a_record_is_processed_until_the_next(

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -457,6 +458,21 @@ def test_a_client_whose_metrics_cannot_be_read_is_logged_once_and_left_out(
     (message,) = log.take()
     assert message.startswith("Failed to read the metrics of a client")
     assert consumer.assignment() == {TopicPartition(clients.topic, 0)}
+
+
+def test_a_metric_that_is_no_number_is_left_out(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    producer, _ = work(clients)
+
+    class Name:
+        name, group = "record-size-max", "producer-metrics"
+        tags = MappingProxyType({"client-id": "shop"})
+
+    text = SimpleNamespace(value=lambda: "large")
+    producer.metrics = lambda raw: {Name(): text}
+    assert "kafka.producer.record_size_max" not in seen(recorder)
 
 
 @pytest.mark.parametrize("call", ["create_observable_gauge", "Observation"])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from kafka import TopicPartition
 from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from clients import Clients, Finite, poll
 from collector import collect
@@ -104,6 +106,16 @@ def test_a_failed_poll_is_traced_unless_all_of_its_topics_are_excluded(
     assert recorder.count("messaging.client.operation.duration") == traced
 
 
+def test_without_receive_spans_a_failed_poll_is_measured(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(receive_spans=False)
+    with pytest.raises((AssertionError, TypeError)):  # 2.x, 3.x
+        clients.consumer().poll(max_records=1.5)
+    assert recorder.names() == []
+    assert recorder.count("messaging.client.operation.duration") == 1
+
+
 @pytest.mark.cpython
 def test_a_consume_hook_changes_nothing_of_what_a_loop_measures(
     instrument: Instrument, clients: Clients, recorder: Recorder
@@ -144,6 +156,18 @@ def test_the_produce_hook_is_called_once_with_span_and_arguments(
     clients.send(b"1", key=b"key")
     assert calls == [((topic, b"1"), {"key": b"key"})]
     assert attributes_of([recorder.one(f"send {topic}")])[0]["app.own"] == 1
+
+
+def test_a_hook_that_ends_the_application_does_so_where_nothing_is_recorded(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    def hook(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    provider = TracerProvider(ALWAYS_OFF, shutdown_on_exit=False)
+    instrument(produce_hook=hook, metrics=False, tracer_provider=provider)
+    with pytest.raises(KeyboardInterrupt):
+        clients.producer().send(topic, b"value")
 
 
 def test_what_the_produce_hook_replaces_stays_replaced(

@@ -81,6 +81,18 @@ def test_a_span_that_no_answer_ends_is_exported_at_once(
     assert exporter.threads == {threading.current_thread().name}
 
 
+def test_a_span_that_ends_after_the_exit_handler_is_exported_at_once(
+    exporter: Hanging, clients: Clients, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter.goes_on.set()
+    ender = _span_ends._Ender()
+    ender._stop()
+    monkeypatch.setattr(_span_ends, "_ender", ender)
+    clients.send(b"value")
+    assert exporter.exported == [f"send {topic}"]
+    assert "otel-kafka-python-span-ends" not in exporter.threads
+
+
 def test_an_exporter_that_sends_by_the_same_producer_is_served(
     instrument: Instrument, clients: Clients, topic: str
 ) -> None:

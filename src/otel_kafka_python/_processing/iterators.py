@@ -213,21 +213,20 @@ class HeldScope:
         scope: The scope of the record that `next` returned.
     """
 
-    __slots__ = ("_scope",)
+    __slots__ = ("_is_closed", "_scope")
 
     def __init__(self, scope: Scope) -> None:
-        self._scope: Scope | None = scope
+        self._scope = scope
+        self._is_closed = False
 
     def close(self) -> None:
-        """Close the scope, unless it is closed."""
-        scope, self._scope = self._scope, None
-        if scope is not None:
-            scope.close()
+        """Close the scope."""
+        self._is_closed = True
+        self._scope.close()
 
     def __del__(self) -> None:
-        scope, self._scope = self._scope, None
-        if scope is not None:
-            scope.drop(collected=_endings.is_collecting())
+        if not self._is_closed:
+            self._scope.drop(collected=_endings.is_collecting())
 
 
 class HeldScopes:

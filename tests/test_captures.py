@@ -298,6 +298,16 @@ def test_a_clock_that_is_ahead_makes_no_negative_time(
     assert attributes[QUEUE_TIME_MS] == 0
 
 
+@pytest.mark.cpython
+def test_the_queue_time_of_a_record_with_no_timestamp_is_not_measured(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(capture_queue_time=True)
+    clients.send(b"value", timestamp_ms=-1)
+    process(clients)
+    assert recorder.points(QUEUE_TIME) == []
+
+
 @pytest.mark.parametrize("timestamp", [None, -1, "now"])
 def test_a_record_with_no_timestamp_has_no_queue_time(timestamp: object) -> None:
     assert queue_seconds(timestamp, time.time_ns()) is None

@@ -426,6 +426,20 @@ def test_what_is_no_failure_of_the_body_is_no_error(
     check_not_failed(recorder, topic)
 
 
+def test_where_collections_are_rare_a_clean_stop_is_no_error(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    threshold = gc.get_threshold()
+    gc.set_threshold(100_000)
+    try:
+        gc.collect(0)
+        leave_a_cleared_container(clients)
+    finally:
+        gc.set_threshold(*threshold)
+    check_not_failed(recorder, topic)
+
+
 @pytest.mark.parametrize("caught", [False, True])
 def test_an_exception_that_process_span_has_seen_is_recorded_once(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str, caught: bool

@@ -27,7 +27,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from clients import DEADLINE, VERSION, Clients, sends_large
 from conftest import Instrument
 from deliveries import assert_failed
-from otel_kafka_python import KafkaPythonInstrumentor, _clients
+from otel_kafka_python import KafkaPythonInstrumentor, _clients, _endings
 from recorder import Log, Recorder, attributes_of
 
 # Of the broker's limit, and above it; the client's own limit is lifted.
@@ -693,6 +693,27 @@ def test_the_peer_is_the_leader_at_the_acknowledgement(
     assert span.attributes is not None
     assert span.attributes["network.peer.address"] == "192.0.2.1"
     assert span.attributes["server.address"] == node.host
+
+
+def test_a_send_that_is_interrupted_after_it_was_given_up_ends_once(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def send(*_: Any, **__: Any) -> Any:
+        _endings.abandon_all()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kafka.KafkaProducer, "send", send)
+    instrument()
+    with pytest.raises(KeyboardInterrupt):
+        clients.producer().send(topic, b"value")
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "outcome_unknown"
+    KafkaPythonInstrumentor().uninstrument()
 
 
 def test_a_cluster_that_cannot_be_read_costs_the_peer_alone(

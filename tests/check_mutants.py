@@ -179,7 +179,7 @@ def places(
         if role in NO_DECISIONS:
             continue
         for number, node in enumerate(value if isinstance(value, list) else [value]):
-            if not isinstance(node, ast.AST):
+            if not isinstance(node, ast.AST) or isinstance(node, ast.Assert):
                 continue
             index = number if isinstance(value, list) else None
             start = node.lineno if isinstance(node, ast.stmt) else first

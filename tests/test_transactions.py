@@ -285,7 +285,7 @@ Fake = Callable[[str, Any], list[Any]]
 
 @pytest.fixture
 def fake(instrument: Instrument, clients: Clients) -> Iterator[Fake]:
-    """Replaces a method of producers by one that returns a result.
+    """Replaces a method of producers by one that returns or raises a result.
 
     The list that it gives gets the arguments of each call.
     """
@@ -296,6 +296,8 @@ def fake(instrument: Instrument, clients: Clients) -> Iterator[Fake]:
 
             def method(_: Any, *args: Any, **kwargs: Any) -> Any:
                 calls.append((args, kwargs))
+                if isinstance(result, BaseException):
+                    raise result
                 return result
 
             patch.setattr(KafkaProducer, name, method)
@@ -323,6 +325,19 @@ def test_what_a_transaction_is_given_and_returns_stays_as_it_is(
     assert sent is result
     assert calls == [((offsets,), {"group_metadata": "group"})]
     assert recorder.names() == [f"send_offsets_to_transaction {topic}"] * traced
+
+
+def test_a_suppressed_transaction_that_fails_raises_its_own_error(
+    instrument: Instrument, fake: Fake, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    error = ValueError("no")
+    fake("send_offsets_to_transaction", error)
+    instrument()
+    producer = clients.producer()
+    with suppress_instrumentation(), pytest.raises(ValueError, match="no") as raised:
+        producer.send_offsets_to_transaction(committable(topic, 1), "group")
+    assert raised.value is error
+    assert recorder.started == []
 
 
 def test_offsets_beside_those_of_excluded_topics_are_as_if_alone(

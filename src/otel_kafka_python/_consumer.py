@@ -125,9 +125,8 @@ class ConsumerWrappers:
             return plain
 
     def close(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-        """Wrap `KafkaConsumer.close`."""
-        if self.waits:
-            self.close_last(self.telemetry.clients.get(instance))
+        """Wrap `KafkaConsumer.close`, where something `waits`."""
+        self.close_last(self.telemetry.clients.get(instance))
         return wrapped(*args, **kwargs)
 
     def _ask(self, consumer: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -60,6 +62,30 @@ def test_where_the_context_cannot_be_restored_the_next_record_comes_all_the_same
         assert next(consumer).offset == 1
     (message,) = log.take()
     assert message.startswith("Failed to restore the context after a process span")
+
+
+@pytest.mark.parametrize("under_span", [False, True])
+def test_in_a_copy_of_its_context_a_record_that_is_over_is_no_parent(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str, under_span: bool
+) -> None:
+    other = clients.consumer()
+    next(consumer)
+    copied = contextvars.copy_context()
+    next(consumer)
+
+    def ask() -> None:
+        with (
+            recorder.tracer.start_as_current_span("work")
+            if under_span
+            else nullcontext()
+        ):
+            assert next(other).offset == 0
+            assert current() == f"process {topic}"
+        other.close()
+
+    copied.run(ask)
+    first, last = recorder.named(f"process {topic}")
+    assert (last.parent == first.parent) == (not under_span)
 
 
 def test_an_excluded_record_is_not_processed(

@@ -106,6 +106,19 @@ def test_a_failed_poll_is_traced_unless_all_of_its_topics_are_excluded(
     assert recorder.count("messaging.client.operation.duration") == traced
 
 
+def test_without_process_spans_and_metrics_a_loop_leaves_no_trace(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(process_spans=False, receive_spans=False, metrics=False)
+    clients.send(b"1")
+    for record in clients.consumer():
+        with process_span([record]):
+            assert trace.get_current_span() is trace.INVALID_SPAN
+        break
+    assert recorder.names() == [f"send {topic}"]
+    assert recorder.reader.get_metrics_data() is None
+
+
 def test_without_receive_spans_a_failed_poll_is_measured(
     instrument: Instrument, clients: Clients, recorder: Recorder
 ) -> None:

@@ -295,12 +295,12 @@ class _CalledOnce:
     __slots__ = ("_callback",)
 
     def __init__(self, callback: Callable[[Any], None]) -> None:
-        self._callback: Callable[[Any], None] | None = callback
+        self._callback = callback
 
     def __call__(self, outcome: Any) -> None:
-        callback, self._callback = self._callback, None
-        if callback is not None:
-            callback(outcome)
+        callback = self._callback
+        del self._callback
+        callback(outcome)
 
 
 @cache

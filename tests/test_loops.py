@@ -502,6 +502,14 @@ def test_code_of_another_file_is_not_taken_for_it(tmp_path: Path) -> None:
     assert answers == [False, True, False]
 
 
+def test_an_instruction_is_named_at_its_prefixes_and_caches_too() -> None:
+    lines = [f"name{number} = {number}" for number in range(300)]
+    code = compile("\n".join([*lines, "print(name299)"]), "", "exec")
+    named = {_loops._opname(code, at) for at in range(0, len(code.co_code), 2)}
+    assert "STORE_NAME" in named
+    assert not named & {"EXTENDED_ARG", "CACHE"}
+
+
 def test_without_a_frame_there_is_no_loop() -> None:
     assert _loops.is_loop(None) is False
 

@@ -546,5 +546,6 @@ def test_an_interpreter_without_cpythons_own_functions_loses_no_more_than_loops(
     (refused,) = told["logged"]
     assert "Failed to trace the processing of a record" in str(refused)
     assert told["open"] == []
+    assert "Exception ignored" not in told["stderr"]
     names = [name for name, *_ in told["ended"]]
     assert names == [f"send {topic}", f"poll {topic}", f"process {topic}"]

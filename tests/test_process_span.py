@@ -321,6 +321,16 @@ def test_loops_over_a_batch_that_is_processed_make_no_second_span(
     assert len(recorder.named(f"process {topic}")) == 1
 
 
+def test_a_loop_over_another_list_of_the_records_makes_no_second_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    (records,) = batch_of(clients, 2).values()
+    with process_span([*records]) as current:
+        for _ in records:
+            assert trace.get_current_span() is current
+    recorder.one(f"process {topic}")
+
+
 def test_a_batch_of_a_forwarded_record_replaces_its_context(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

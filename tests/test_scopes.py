@@ -28,7 +28,8 @@ from typing import Any
 import kafka
 import pytest
 from opentelemetry import baggage, context, trace
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import Decision, StaticSampler
 from tqdm import tqdm
 
 from clients import Clients, poll
@@ -36,7 +37,7 @@ from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from otel_kafka_python._processing.scopes import innermost
-from recorder import Recorder, attributes_of
+from recorder import Log, Recorder, attributes_of
 
 pytestmark = pytest.mark.one_broker
 
@@ -986,6 +987,33 @@ def test_what_the_body_attached_stays_without_the_span_of_its_round(
         assert context.get_current() == attached
 
     contextvars.copy_context().run(consume)
+
+
+def test_what_the_body_attached_stays_though_one_of_its_spans_was_not_started(
+    produced: Clients, instrument: Instrument, log: Log
+) -> None:
+    class Failing(StaticSampler):
+        seen = 0
+
+        def should_sample(self, *args: Any, **kwargs: Any) -> Any:
+            self.seen += 1
+            if self.seen == 2:
+                raise RuntimeError
+            return super().should_sample(*args, **kwargs)
+
+    provider = TracerProvider(Failing(Decision.DROP), shutdown_on_exit=False)
+    instrument(tracer_provider=provider, receive_spans=False)
+    key = context.create_key("key")
+
+    def consume() -> None:
+        for _ in zip(produced.consumer(), produced.consumer(), strict=False):
+            context.attach(context.set_value(key, 1))
+            break
+        assert context.get_value(key) == 1
+
+    contextvars.copy_context().run(consume)
+    (message,) = log.take()
+    assert message.startswith("Failed to start a span")
 
 
 @pytest.mark.parametrize("span", [trace.INVALID_SPAN, None], ids=["span", "value"])

@@ -93,6 +93,30 @@ def test_a_span_that_ends_after_the_exit_handler_is_exported_at_once(
     assert "otel-kafka-python-span-ends" not in exporter.threads
 
 
+def test_an_exporter_that_wants_to_exit_costs_its_span_alone(
+    instrument: Instrument, clients: Clients, topic: str, log: Log
+) -> None:
+    exported: list[str] = []
+    done = threading.Event()
+
+    class Exiting(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            exported.append(spans[0].name)
+            if len(exported) == 1:
+                raise SystemExit
+            done.set()
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(Exiting()))
+    instrument(tracer_provider=provider)
+    clients.send(b"1", b"2")
+    assert done.wait(DEADLINE)
+    assert exported == [f"send {topic}"] * 2
+    (message,) = log.take()
+    assert message.startswith("Failed to end a span")
+
+
 def test_an_exporter_that_sends_by_the_same_producer_is_served(
     instrument: Instrument, clients: Clients, topic: str
 ) -> None:

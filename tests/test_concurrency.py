@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import multiprocessing
+import os
 import queue
 import sys
 import threading
@@ -110,6 +111,34 @@ def test_without_the_gil_an_operation_is_claimed_under_a_lock() -> None:
             assert operation.claim()  # as a finaliser of this thread would
         thread.join()
         assert won == [False]
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_without_the_gil_a_forked_child_claims_what_it_begins() -> None:
+    done = run(
+        """
+        import os, signal, sys, threading
+        sys._is_gil_enabled = lambda: False
+        from otel_kafka_python import _operation
+        holds, may_go = threading.Event(), threading.Event()
+        def hold():
+            with _operation._claiming:
+                holds.set()
+                may_go.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        holds.wait()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(0 if _operation.Operation(None, None, 0).claim() else 1)
+        _, status = os.waitpid(child, 0)
+        may_go.set()
+        thread.join()
+        assert status == 0, status
         """
     )
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ end a time by the monotonic clock, in nanoseconds.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -51,6 +52,16 @@ class Kind(NamedTuple):
 _claiming: threading.RLock | None = None
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     _claiming = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _claiming  # noqa: PLW0603 (another thread of the parent may hold it)
+    if _claiming is not None:
+        _claiming = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 SEND = Kind("send", "send")

@@ -186,6 +186,7 @@ def test_an_interrupt_of_a_failure_leaves_no_span_open(
     KafkaPythonInstrumentor().uninstrument()
 
 
+@pytest.mark.cpython
 def test_what_an_interrupt_left_half_made_is_dropped_in_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,6 +234,7 @@ def test_an_interrupt_in_an_answer_on_the_main_thread_is_the_applications(
     _endings.abandon_all()
 
 
+@pytest.mark.cpython
 def test_a_future_that_is_done_keeps_nothing_of_its_send(
     instrumented: None, clients: Clients, topic: str
 ) -> None:

@@ -55,7 +55,10 @@ TESTS = {
     "_endings": ("lifecycle", "scopes"),
     "_commits": ("settlement",),
     "_transactions": ("transactions",),
-    "_telemetry": ("settings", "metrics", "consume", "send", "pipeline_latency"),
+    "_telemetry": (
+        *("settings", "metrics", "consume", "send", "pipeline_latency", "captures"),
+        *("own_metrics", "exceptions", "instrumentor", "transactions", "bad_input"),
+    ),
 }
 
 # What takes long to import and does not import the package. Each run forks from a

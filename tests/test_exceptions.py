@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode, TraceFlags
 
-from clients import Clients, committable, poll
+from clients import VERSION, Clients, committable, poll
 from conftest import Instrument
 from otel_kafka_python import _config, process_span
 from recorder import Log, Recorder
@@ -125,18 +125,35 @@ def test_a_log_event_is_there_for_what_is_not_sampled_too(
     assert event.trace_id
 
 
+@pytest.mark.parametrize("metrics", [True, False])
 def test_a_log_event_is_there_for_what_has_no_span(
+    monkeypatch: pytest.MonkeyPatch,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    metrics: bool,
+) -> None:
+    monkeypatch.setenv(SIGNAL, "logs")
+    instrument(send_spans=False, metrics=metrics)
+    with recorder.tracer.start_as_current_span("request") as request:
+        fail_to_send(clients)
+    (event,) = recorder.events()
+    assert event.span_id == request.get_span_context().span_id
+
+
+@pytest.mark.skipif(VERSION < (2, 2), reason="there are no transactions")
+def test_the_log_event_of_a_transaction_is_one_of_settlement(
     monkeypatch: pytest.MonkeyPatch,
     instrument: Instrument,
     clients: Clients,
     recorder: Recorder,
 ) -> None:
     monkeypatch.setenv(SIGNAL, "logs")
-    instrument(send_spans=False)
-    with recorder.tracer.start_as_current_span("request") as request:
-        fail_to_send(clients)
+    instrument()
+    with pytest.raises(Exception, match=r"."):
+        clients.producer().commit_transaction()  # none was begun
     (event,) = recorder.events()
-    assert event.span_id == request.get_span_context().span_id
+    assert event.event_name == "messaging.settle.exception"
 
 
 def test_an_exception_that_cannot_say_what_it_is_makes_a_log_event(

@@ -293,7 +293,9 @@ def test_a_global_provider_that_is_set_late_is_noticed(
     producer.send(clients.topic, b"1").get(30)
     monkeypatch.setattr(metrics._internal, "_METER_PROVIDER", recorder.meter_provider)
     sent = 1
+    deadline = time.monotonic() + DEADLINE
     while not recorder.count(SENT):
+        assert time.monotonic() < deadline
         producer.send(clients.topic, b"2").get(30)
         sent += 1
     before = recorder.count(SENT)

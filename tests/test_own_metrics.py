@@ -428,6 +428,17 @@ def test_a_closed_client_is_not_observed_though_it_is_kept(
     assert seen(recorder) == {}
 
 
+def test_uninstrumented_no_client_is_observed(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    kept = work(clients)
+    assert seen(recorder)
+    KafkaPythonInstrumentor().uninstrument()
+    assert seen(recorder) == {}
+    del kept
+
+
 @pytest.mark.cpython
 def test_a_provider_is_let_go_with_the_instrumentation(
     instrument: Instrument, clients: Clients

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from opentelemetry import baggage, context, propagate, trace
+from opentelemetry import baggage, context, metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.metrics import MeterProvider
@@ -24,7 +24,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import _endings, _pipeline, process_span
+from otel_kafka_python import _endings, _kafka, _pipeline, process_span
+from otel_kafka_python._metrics import Metrics
 from recorder import Log, Recorder
 from scripts import forks, needs_fork
 
@@ -339,8 +340,11 @@ def test_a_message_that_carries_no_context_carries_no_start(
     instrument: Instrument, clients: Clients, topic: str, setting: dict[str, Any]
 ) -> None:
     instrument(pipeline_latency=True, **setting)
-    clients.send(b"value")
-    assert received(clients, topic) == [{}]
+    producer = clients.producer()
+    for headers in ([], [TRACEPARENT]):
+        producer.send(topic, b"value", headers=headers).get(DEADLINE)
+    records = poll_records(clients.consumer(), 2)
+    assert [record.headers for record in records] == [[], [TRACEPARENT]]
 
 
 def test_a_batch_measures_each_message_and_hands_on_the_earliest_start(
@@ -672,19 +676,66 @@ def test_a_service_without_spans_and_without_metrics_starts_pipelines(
     assert entries.keys() == {"kafka.pipeline"}
 
 
-def test_a_histogram_that_fails_is_told_once_and_harms_nobody(
+def test_a_global_provider_that_is_set_late_measures_it_without_other_metrics(
     instrument: Instrument,
     clients: Clients,
-    topic: str,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    instrument(meter_provider=None, metrics=False, pipeline_latency=True)
+    send_with(clients, began(5))
+    (record,) = poll_records(clients.consumer(), 1)
+    with process_span(record):
+        pass
+    monkeypatch.setattr(metrics._internal, "_METER_PROVIDER", recorder.meter_provider)
+    with process_span(record):
+        pass
+    assert sources(recorder) == {"orders": 1}
+
+
+def test_a_consumer_that_cannot_be_read_is_handed_what_it_asked_for(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> bool:
+        raise RuntimeError("no configuration")
+
+    monkeypatch.setattr(_kafka, "sends_headers", fail)
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    (record,) = poll_records(clients.consumer(), 1)
+    assert record.headers[0] == TRACEPARENT
+    recorder.one(f"poll {clients.topic}")
+    (line,) = log.take()
+    assert line.startswith("Failed to read the configuration of a client")
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        ((_pipeline.Arrival, "measure"), "record a metric"),
+        ((Metrics, "pipeline_latency"), "create the instruments"),
+    ],
+)
+def test_a_histogram_that_fails_is_told_once_and_costs_no_span(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: tuple[Any, str],
+    said: str,
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no histogram")
 
     instrument(pipeline_latency=True)
-    monkeypatch.setattr(_pipeline.Arrival, "measure", fail)
+    monkeypatch.setattr(*failing, fail)
     send_with(clients, began(1))
     loop(clients)
     (line,) = log.take()
-    assert "record a metric" in line
+    assert said in line
+    recorder.one(f"process {clients.topic}")

@@ -21,7 +21,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Decision, StaticSampler
 from opentelemetry.trace import SpanKind, StatusCode
 
 from clients import DEADLINE, VERSION, Clients, sends_large
@@ -669,6 +669,19 @@ def test_without_propagators_nothing_is_produced_for_others(
     assert recorder.one(f"send {topic}").kind is SpanKind.CLIENT
 
 
+@pytest.mark.skipif(VERSION < (2, 1), reason="the cluster's id is unknown")
+def test_a_cluster_that_is_known_at_the_acknowledgement_alone_is_named(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    producer = clients.producer()
+    producer._metadata.cluster_id = None
+    producer.send(topic, b"value").get(DEADLINE)
+    producer.flush()
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["messaging.kafka.cluster.id"]
+
+
 def test_the_peer_is_the_leader_at_the_acknowledgement(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -787,6 +800,21 @@ def test_a_meter_provider_that_fails_costs_no_span(
     recorder.one(f"send {topic}")
     (message,) = log.take()
     assert message.startswith("Failed to create the instruments")
+
+
+def test_a_sampler_that_fails_costs_the_span_alone(
+    instrument: Instrument, clients: Clients, recorder: Recorder, log: Log
+) -> None:
+    class Failing(StaticSampler):
+        def should_sample(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("no samples today")
+
+    sampler = Failing(Decision.DROP)
+    instrument(tracer_provider=TracerProvider(sampler, shutdown_on_exit=False))
+    clients.send(b"value")
+    (message,) = log.take()
+    assert message.startswith("Failed to start a span")
+    assert recorder.count("messaging.client.sent.messages") == 1
 
 
 class _Unreadable(int):

@@ -300,6 +300,21 @@ def test_a_context_that_the_application_has_put_on_a_message_stays(
     assert link.attributes == {}
 
 
+def test_a_context_that_is_put_on_a_message_stays_also_while_others_are_processed(
+    instrumented: None, clients: Clients, topic: str
+) -> None:
+    clients.send(b"value")
+    stale = [STALE, ("tracestate", b"a=1"), ("baggage", b"b=2")]
+    for record in clients.consumer():
+        for inner in clients.consumer():
+            assert inner.offset == record.offset
+            to = Clients(clients.address, f"{topic}-next")
+            assert sent_headers(to, b"value", headers=stale) == stale
+            to.close()
+            break
+        break
+
+
 def test_the_applications_own_create_span_stays_the_creation_context(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

@@ -190,7 +190,7 @@ class Slow(SpanProcessor):
         return self.now
 
 
-@pytest.mark.one_client
+@pytest.mark.two_clients
 @pytest.mark.parametrize(("seconds", "warnings"), [(0.9, 0), (1.5, 1)])
 def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_once(
     instrument: Instrument,

@@ -258,7 +258,7 @@ def test_a_forked_child_exports_its_own_spans(clients: Clients, topic: str) -> N
     """Even if another thread was about to have a span exported at the fork."""
     done = run(
         """
-        import os, sys
+        import os, sys, threading
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import (
             SimpleSpanProcessor, SpanExporter, SpanExportResult,
@@ -267,9 +267,10 @@ def test_a_forked_child_exports_its_own_spans(clients: Clients, topic: str) -> N
         class Printing(SpanExporter):
             def export(self, spans):
                 print(os.getpid() == parent, spans[0].name, flush=True)
+                exported.set()
                 return SpanExportResult.SUCCESS
 
-        parent = os.getpid()
+        parent, exported = os.getpid(), threading.Event()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(Printing()))
         from otel_kafka_python import KafkaPythonInstrumentor, _span_ends
@@ -282,6 +283,7 @@ def test_a_forked_child_exports_its_own_spans(clients: Clients, topic: str) -> N
             producer.close()
 
         send()
+        exported.wait()  # a child that is forked meanwhile cannot print
         _span_ends._lock.acquire()
         child = os.fork()
         if child == 0:

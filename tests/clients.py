@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import threading
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -36,6 +37,23 @@ ClusterMetadata.DEFAULT_CONFIG["retry_backoff_ms"] = BACKOFF_MS
 METADATA_MAX_AGE_MS = 1000
 # kafka-python 2.0 takes 100 ms to find out what it can ask a broker.
 ASKS_NOTHING = {"api_version": (2, 5, 0)} if VERSION < (2, 1) else {}
+
+
+class ForgivingSelector(selectors.DefaultSelector):
+    """Lets kafka-python-ng unregister a connection that it has closed.
+
+    -ng closes its bootstrap connections when it has connected to a broker. One that
+    was ready in the same moment fails the poll that it happens in.
+    """
+
+    def unregister(self, fileobj: Any) -> Any:
+        try:
+            return super().unregister(fileobj)
+        except ValueError:
+            return None
+
+
+FORGIVES = {"selector": ForgivingSelector} if IS_NG else {}
 
 
 class Finite(KafkaConsumer):  # type: ignore[misc]  # untyped
@@ -79,6 +97,7 @@ class Clients:
             "retry_backoff_ms": BACKOFF_MS,
             "metadata_max_age_ms": METADATA_MAX_AGE_MS,
             **ASKS_NOTHING,
+            **FORGIVES,
             **config,
         }
         self._made: list[Any] = []

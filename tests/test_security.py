@@ -270,7 +270,7 @@ def test_no_secret_of_the_configuration_is_in_any_output(
         '"event_name": "messaging.send.exception"',
         "refused 0",
         "refused 1",
-        "repr <otel_kafka_python._telemetry.TracedClient object",
+        "repr <otel_kafka_python._clients.Client object",
         "repr Config(",
     ):
         assert told in output

@@ -17,6 +17,8 @@ The modules, from the outside in; each imports only from those below it:
     _transactions      offsets sent to a transaction, ends of transactions
     _processing        process spans: their scope, their parent, their end
     _telemetry         the state of all wrappers: settings, tracer, instruments
+    _client_metrics    the clients' own metrics, observed when they are collected
+    _clients           the registry of live clients, and what is kept for each
     _operation         an operation, and the one way it ends
     _span_ends         ends spans without delaying the broker's other answers
     _messages          the attributes and links that describe a span's messages
@@ -24,10 +26,8 @@ The modules, from the outside in; each imports only from those below it:
     _endings           ends without a call: dropped by the collector, fork, exit
     _propagation       headers in, headers out
     _metrics           the instruments, and whether anyone collects
-    _client_metrics    the clients' own metrics, observed when they are collected
     _exception_events  where the exceptions of failed operations are recorded
     _attributes        pure functions from facts to attributes and span names
-    _clients           the registry of live clients, and the known facts about each
     _kafka             kafka-python's insides and version differences; no state
     _config            the settings; the only reader of variables and files
     _semconv           the names, and the release of the conventions they are from

@@ -1,14 +1,20 @@
-"""The registry of live clients, and the known facts about each."""
+"""The registry of live clients, and what is kept for each."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 from otel_kafka_python import _kafka
-from otel_kafka_python._kafka import Server
+from otel_kafka_python._attributes import Attributes
+from otel_kafka_python._kafka import Server, Settings
+from otel_kafka_python._operation import Kind, Moment, OperationTemplate, Receipt
+from otel_kafka_python._pipeline import Received
 from otel_kafka_python._safety import report
+
+_UNKNOWN = Settings()
 
 
 class LastRecord(NamedTuple):
@@ -18,59 +24,72 @@ class LastRecord(NamedTuple):
     asked: int  # how often the application had asked for records by then
 
 
+class Step(Enum):
+    """Why a consumer's `__next__` runs; the `poll` that it calls is part of it."""
+
+    NEXT = auto()  # an operation of its own
+    ITERATION = auto()  # one step of a loop
+    FAILED = auto()  # one step of a loop whose `poll` failed and has been traced
+
+
 class Client:
-    """The known facts about one producer or consumer, which it does not keep alive.
+    """A producer or consumer, and what is kept for it; this does not keep it alive.
 
     Args:
-        client_id: Its `client_id`, if it has one.
-        group: Its consumer group, if it is in one.
-        bootstrap: The first of its bootstrap servers, if it has any.
+        settings: The part of its configuration that is used.
         sends_headers: Whether its broker supports records with headers.
-        cluster: Returns its ClusterMetadata of kafka-python, or None.
-        is_answered: Whether brokers acknowledge its messages.
-        is_extended: Whether its `send` runs application code.
     """
 
     __slots__ = (
         "__weakref__",
         "_cluster",
         "_refreshed",
+        "answer_attributes",
         "asked",
         "bootstrap",
         "client_id",
         "group",
         "instance",
-        "is_answered",
-        "is_extended",
+        "is_acknowledged",
         "last_records",
+        "polled",
+        "receipt",
+        "received",
+        "runs_application_code",
         "sends_headers",
+        "step",
+        "templates",
     )
 
     def __init__(
-        self,
-        client_id: str | None = None,
-        group: str | None = None,
-        bootstrap: Server | None = None,
-        *,
-        sends_headers: bool = True,
-        cluster: Callable[[], Any] = lambda: None,
-        is_answered: bool = True,
-        is_extended: bool = False,
+        self, settings: Settings = _UNKNOWN, *, sends_headers: bool = True
     ) -> None:
-        self.client_id = client_id
-        self.group = group
-        self.bootstrap = bootstrap
+        self.client_id = settings.client_id
+        self.group = settings.group
+        self.bootstrap = settings.bootstrap
+        self.is_acknowledged = settings.is_acknowledged
+        self.runs_application_code = settings.runs_application_code
         self.sends_headers = sends_headers
-        self.is_answered = is_answered
-        self.is_extended = is_extended
         # Returns the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
+        self._cluster = settings.cluster
+        self._refreshed: object = None
+        # Derived from the metadata.
+        self.templates: dict[tuple[Kind, Any, Any], OperationTemplate | None] = {}
+        # The attributes of messages that a partition's leader answered.
+        self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
         # How often the application asked it for records.
         self.asked = 0
         # The last record of each partition, where its lag in time is observed.
         self.last_records: dict[tuple[str, int], LastRecord] = {}
-        self._cluster = cluster
-        self._refreshed: object = None
+        self.step: Step | None = None
+        # When the poll in that step started and ended, if it brought records.
+        self.polled: tuple[Moment, int] | None = None
+        # Of the last record, if that may yet be processed with the hook's span.
+        self.receipt: Receipt | None = None
+        # The last records that were handed over, if the latency of pipelines is
+        # measured.
+        self.received: list[Received] = []
 
     def refresh(self) -> bool:
         """Drop everything that was derived from older metadata.
@@ -87,11 +106,18 @@ class Client:
 
     def forget(self) -> None:
         """Drop everything that was derived from the metadata."""
+        self.templates, self.answer_attributes = {}, {}
 
     def remember(self, record: Any) -> None:
         """Remember a record that the application is handed."""
         handed = LastRecord(record.timestamp, self.asked)
         self.last_records[record.topic, record.partition] = handed
+
+    def close_receipt(self) -> None:
+        """Call the hook with the last receipt, and end that."""
+        receipt, self.receipt = self.receipt, None
+        if receipt is not None:
+            receipt.close()
 
     @property
     def cluster_id(self) -> str | None:
@@ -103,33 +129,26 @@ class Client:
         return _kafka.leader(self._cluster(), topic, partition)
 
 
-ClientT = TypeVar("ClientT", bound=Client)
-
-
-class Clients(Generic[ClientT]):
+class Clients:
     """The `Client` of each live producer and consumer.
 
     Args:
-        make: The class of the clients.
         on_new: Called when a producer or consumer is first used.
     """
 
-    def __init__(
-        self, make: type[ClientT], on_new: Callable[[], object] = lambda: None
-    ) -> None:
-        self._make = make
+    def __init__(self, on_new: Callable[[], object]) -> None:
         self._on_new = on_new
         # By identity, as long as they live. A WeakKeyDictionary would cost 0.5 µs per
         # message.
-        self._known: dict[int, ClientT] = {}
+        self._known: dict[int, Client] = {}
 
-    def living(self) -> list[tuple[Any, ClientT]]:
+    def living(self) -> list[tuple[Any, Client]]:
         """All live producers and consumers, each with its `Client`."""
         # Copied in one step, because other threads may add clients meanwhile.
         found = [(client.instance(), client) for client in list(self._known.values())]
         return [each for each in found if each[0] is not None]
 
-    def get(self, instance: Any) -> ClientT:
+    def get(self, instance: Any) -> Client:
         """The `Client`, up to date with its metadata; an empty one if that fails.
 
         Args:
@@ -142,21 +161,14 @@ class Clients(Generic[ClientT]):
         except Exception:
             report("read the configuration of a client")
             # Its broker might not support headers.
-            return self._make(sends_headers=False)
+            return Client(sends_headers=False)
         return client
 
-    def _meet(self, instance: Any) -> ClientT:
+    def _meet(self, instance: Any) -> Client:
         self._on_new()
         key = id(instance)
-        settings = _kafka.settings(instance)
-        client = self._make(
-            settings.client_id,
-            settings.group,
-            settings.bootstrap,
-            sends_headers=_kafka.sends_headers(instance),
-            cluster=settings.cluster,
-            is_answered=settings.is_answered,
-            is_extended=settings.is_extended,
+        client = Client(
+            _kafka.settings(instance), sends_headers=_kafka.sends_headers(instance)
         )
         # The callback runs before another object can have the same identity.
         client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))

@@ -10,6 +10,7 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python._attributes import queue_seconds, queue_time_attributes
+from otel_kafka_python._clients import Client, Step
 from otel_kafka_python._kafka import assigned_topics, iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
@@ -30,7 +31,7 @@ from otel_kafka_python._processing.iterators import HeldScopes, Records, ScopedI
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._propagation import SPAN_KEY, extract
 from otel_kafka_python._safety import report
-from otel_kafka_python._telemetry import Step, Telemetry, TracedClient
+from otel_kafka_python._telemetry import Telemetry
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -133,13 +134,13 @@ class ConsumerWrappers:
         if self.waits:
             self.ask(self.telemetry.clients.get(consumer))
 
-    def ask(self, client: TracedClient) -> None:
+    def ask(self, client: Client) -> None:
         """Close the last record of a consumer, and leave the scopes of the others."""
         self.close_last(client)
         if self.holds:
             self.held.displace()
 
-    def close_last(self, client: TracedClient) -> None:
+    def close_last(self, client: Client) -> None:
         """Close everything that waits for the end of the last record's processing."""
         client.received = []
         if self.holds:
@@ -150,7 +151,7 @@ class ConsumerWrappers:
         for _, client in self.telemetry.clients.living():
             client.close_receipt()
 
-    def _client_to_trace(self, instance: Any) -> TracedClient | None:
+    def _client_to_trace(self, instance: Any) -> Client | None:
         try:
             if self.telemetry.may_begin():
                 return self.telemetry.clients.get(instance)
@@ -159,7 +160,7 @@ class ConsumerWrappers:
         return None
 
     def fail(
-        self, consumer: Any, client: TracedClient, started: Moment, error: Exception
+        self, consumer: Any, client: Client, started: Moment, error: Exception
     ) -> None:
         """Trace a poll, a `next` or a step of an iteration that raised.
 
@@ -186,9 +187,7 @@ class ConsumerWrappers:
         except Exception:
             report("trace a poll")
 
-    def _traced(
-        self, client: TracedClient, polled: Any
-    ) -> dict[Any, OperationTemplate]:
+    def _traced(self, client: Client, polled: Any) -> dict[Any, OperationTemplate]:
         """The templates of the polled partitions, without excluded topics."""
         templates = {
             partition: self.telemetry.template(client, POLL, *partition)
@@ -197,7 +196,7 @@ class ConsumerWrappers:
         }
         return {each: known for each, known in templates.items() if known is not None}
 
-    def _measure(self, client: TracedClient, started: Moment, polled: Any) -> None:
+    def _measure(self, client: Client, started: Moment, polled: Any) -> None:
         """Measure a poll that a step of an iteration makes.
 
         It fetches ahead, so it accounts for no message yet.
@@ -212,9 +211,7 @@ class ConsumerWrappers:
         client.polled = started, ended
         Operation(template, None, started).end(ended=ended)
 
-    def _receive_batch(
-        self, client: TracedClient, started: Moment, polled: Any
-    ) -> None:
+    def _receive_batch(self, client: Client, started: Moment, polled: Any) -> None:
         ended = time.monotonic_ns()
         telemetry = self.telemetry
         traced = self._traced(client, polled)
@@ -248,7 +245,7 @@ class ConsumerWrappers:
 
     def receive_one(
         self,
-        client: TracedClient,
+        client: Client,
         started: Moment,
         record: Record,
         *,
@@ -417,7 +414,7 @@ def _count_records(
 
 
 def _received(
-    client: TracedClient,
+    client: Client,
     template: OperationTemplate,
     records: Sequence[Record],
     span: Span | None,

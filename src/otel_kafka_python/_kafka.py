@@ -83,13 +83,13 @@ class Server(NamedTuple):
 class Settings(NamedTuple):
     """The part of a client's configuration that its telemetry uses."""
 
-    client_id: str | None
-    group: str | None
-    bootstrap: Server | None
-    cluster: Callable[[], Any]  # returns its ClusterMetadata, or None
-    is_answered: bool  # whether brokers acknowledge its messages
+    client_id: str | None = None
+    group: str | None = None
+    bootstrap: Server | None = None
+    cluster: Callable[[], Any] = lambda: None  # returns its ClusterMetadata, or None
+    is_acknowledged: bool = True  # whether brokers acknowledge its messages
     # Whether its `send` runs serialisers or a partitioner of the application.
-    is_extended: bool
+    runs_application_code: bool = False
 
 
 def _config(instance: Any) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def settings(instance: Any) -> Settings:
         group=plain(config.get("group_id")),
         bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
         cluster=(lambda: None) if cluster is None else weakref.ref(cluster),
-        is_answered=config.get("acks") != 0,
-        is_extended=(
+        is_acknowledged=config.get("acks") != 0,
+        runs_application_code=(
             config.get("key_serializer") is not None
             or config.get("value_serializer") is not None
             or not type(config.get("partitioner")).__module__.startswith("kafka.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
-from otel_kafka_python._client_metrics import Living, observe
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import (
     DURATION_BUCKETS,
@@ -113,21 +113,20 @@ class Metrics:
 
     Args:
         provider: The meter provider; the global one if None.
-        living: Returns the clients whose own metrics are observed; None if
-            `client_metrics` is off.
+        on_meter: Called with the provider and its meter when one collects.
         measures: Whether there are instruments at all.
     """
 
     def __init__(
         self,
         provider: MeterProvider | None,
-        living: Living | None = None,
+        on_meter: Callable[[MeterProvider, Meter], object] | None = None,
         *,
         measures: bool = True,
     ) -> None:
         self._provider = provider
         self._measures = measures
-        self._living = living
+        self._on_meter = on_meter
         self._instruments: Instruments | None = None
         self._pipeline_latency: Histogram | None = None
 
@@ -168,9 +167,9 @@ class Metrics:
         instruments = None
         if self._measures:
             instruments = _create_instruments(provider, meter)
-        if self._living is not None:
+        if self._on_meter is not None:
             try:
-                observe(provider, meter, self._living)
+                self._on_meter(provider, meter)
             except Exception:
                 report("observe the metrics of clients")
         return instruments

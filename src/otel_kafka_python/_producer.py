@@ -27,6 +27,7 @@ from otel_kafka_python._attributes import (
     partition_attributes,
     peer_attributes,
 )
+from otel_kafka_python._clients import Client
 from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
@@ -51,7 +52,7 @@ from otel_kafka_python._propagation import (
     same_span,
 )
 from otel_kafka_python._safety import call_hook, report
-from otel_kafka_python._telemetry import Telemetry, TracedClient
+from otel_kafka_python._telemetry import Telemetry
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -75,7 +76,7 @@ class Delivery(PendingOperation):
         template: OperationTemplate,
         span: Span | None,
         started: Moment,
-        client: TracedClient,
+        client: Client,
         key: object,
     ) -> None:
         self._client = client
@@ -111,7 +112,7 @@ class Delivery(PendingOperation):
         partition = metadata.partition
         known = self._answer_attributes(partition)
         # If brokers do not answer, kafka-python 3 invents offsets.
-        offset = metadata.offset if self._client.is_answered else None
+        offset = metadata.offset if self._client.is_acknowledged else None
         attributes = add_message({**known}, offset, self._key, self._size)
         self.end(attributes, ended=ended, partition=partition, messages=1)
 
@@ -161,7 +162,7 @@ class Delivery(PendingOperation):
             # The cluster may have been unknown when the message was sent.
             if not self.template.knows_cluster:
                 known.update(client_attributes(None, client.cluster_id))
-            if topic is not None and client.is_answered:
+            if topic is not None and client.is_acknowledged:
                 known.update(peer_attributes(client.leader(topic, partition)))
         except Exception:
             report("read the metadata of a producer")
@@ -337,7 +338,7 @@ class ProducerWrappers:
             )
         if injects and (sent or span is not None):
             args, kwargs = _with_context(args, kwargs, headers, sent, span)
-        extended = span if client.is_extended else None
+        extended = span if client.runs_application_code else None
         scope = None if extended is None else set_span_in_context(extended, context)
         return delivery, scope, args, kwargs
 

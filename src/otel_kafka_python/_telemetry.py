@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum, auto
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,7 @@ from otel_kafka_python._attributes import (
     span_name,
     without_operation_type,
 )
+from otel_kafka_python._client_metrics import observe
 from otel_kafka_python._clients import Client, Clients
 from otel_kafka_python._config import Config
 from otel_kafka_python._exception_events import ExceptionEvents
@@ -35,58 +36,12 @@ from otel_kafka_python._operation import (
     Kind,
     Moment,
     OperationTemplate,
-    Receipt,
 )
-from otel_kafka_python._pipeline import Destination, Received, Sources
+from otel_kafka_python._pipeline import Destination, Sources
 from otel_kafka_python._propagation import has_propagators
 from otel_kafka_python._safety import report
 from otel_kafka_python._semconv import MESSAGING_KAFKA_CLUSTER_ID, SCHEMA_URL
 from otel_kafka_python.package import __version__
-
-
-class Step(Enum):
-    """Why a consumer's `__next__` runs; the `poll` that it calls is part of it."""
-
-    NEXT = auto()  # an operation of its own
-    ITERATION = auto()  # one step of a loop
-    FAILED = auto()  # one step of a loop whose `poll` failed and has been traced
-
-
-class TracedClient(Client):
-    """A producer or consumer, with the data that the wrappers keep for it."""
-
-    __slots__ = (
-        "answer_attributes",
-        "polled",
-        "receipt",
-        "received",
-        "step",
-        "templates",
-    )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.templates: dict[tuple[Kind, Any, Any], OperationTemplate | None] = {}
-        # The attributes of messages that a partition's leader answered.
-        self.answer_attributes: dict[tuple[str | None, int, bool], Attributes] = {}
-        self.step: Step | None = None
-        # When the poll in that step started and ended, if it brought records.
-        self.polled: tuple[Moment, int] | None = None
-        # Of the last record, if that may yet be processed with the hook's span.
-        self.receipt: Receipt | None = None
-        # The last records that were handed over, if the latency of pipelines is
-        # measured.
-        self.received: list[Received] = []
-
-    def close_receipt(self) -> None:
-        """Call the hook with the last receipt, and end that."""
-        receipt, self.receipt = self.receipt, None
-        if receipt is not None:
-            receipt.close()
-
-    def forget(self) -> None:
-        """Drop everything that was derived from older metadata."""
-        self.templates, self.answer_attributes = {}, {}
 
 
 class Telemetry:
@@ -109,8 +64,8 @@ class Telemetry:
         on_new_client: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = config
-        self.clients = Clients(TracedClient, on_new_client)
-        self._unknown = TracedClient()
+        self.clients = Clients(on_new_client)
+        self._unknown = Client()
         self._unknown_for: Instruments | None = None  # those that it was made for
         self._on_stop: list[Callable[[], object]] = []
         self.active = True
@@ -118,7 +73,7 @@ class Telemetry:
         self.measures = False
         self._metrics = Metrics(
             meter_provider,
-            self._living if config.client_metrics else None,
+            partial(observe, living=self._living) if config.client_metrics else None,
             measures=config.metrics,
         )
         self._sources = Sources()
@@ -140,7 +95,7 @@ class Telemetry:
         except Exception:
             report("stop the instrumentation")
 
-    def _living(self) -> list[tuple[Any, TracedClient]]:
+    def _living(self) -> list[tuple[Any, Client]]:
         return self.clients.living() if self.active else []
 
     def may_begin(self, context: Context | None = None) -> bool:
@@ -160,7 +115,7 @@ class Telemetry:
             _endings.abandon_deferred()
         return True
 
-    def unknown_client(self) -> TracedClient:
+    def unknown_client(self) -> Client:
         """A `Client` without any known facts, with the templates that it has used.
 
         It has no metadata whose refresh would let a meter provider that is set late
@@ -174,7 +129,7 @@ class Telemetry:
         return self._unknown
 
     def template(
-        self, client: TracedClient, kind: Kind, topic: Any, partition: Any
+        self, client: Client, kind: Kind, topic: Any, partition: Any
     ) -> OperationTemplate | None:
         """The template of an operation.
 
@@ -205,7 +160,7 @@ class Telemetry:
             return template
 
     def _build_template(
-        self, client: TracedClient, kind: Kind, topic: str | None, partition: int | None
+        self, client: Client, kind: Kind, topic: str | None, partition: int | None
     ) -> OperationTemplate:
         duration_attributes = operation_attributes(
             kind.name,

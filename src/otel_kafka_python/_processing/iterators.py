@@ -12,6 +12,7 @@ from typing import Any
 from opentelemetry import context as otel_context
 
 from otel_kafka_python import _endings
+from otel_kafka_python._clients import Client
 from otel_kafka_python._messages import Record
 from otel_kafka_python._pipeline import Received
 from otel_kafka_python._processing.loops import (
@@ -24,7 +25,7 @@ from otel_kafka_python._processing.loops import (
 from otel_kafka_python._processing.scopes import Scope, displace_held, undo_left
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._safety import report
-from otel_kafka_python._telemetry import Telemetry, TracedClient
+from otel_kafka_python._telemetry import Telemetry
 
 
 class ScopedIterator:
@@ -127,7 +128,7 @@ class Records(list[Record]):
         self,
         records: Iterable[Record] = (),
         telemetry: Telemetry | None = None,
-        client: TracedClient | None = None,
+        client: Client | None = None,
     ) -> None:
         super().__init__(records)
         self.telemetry = telemetry
@@ -176,7 +177,7 @@ class RecordsIterator(ScopedIterator):
         records: Records,
         plain: Iterator[Record],
         telemetry: Telemetry,
-        client: TracedClient,
+        client: Client,
     ) -> None:
         super().__init__()
         self._telemetry = telemetry
@@ -233,11 +234,11 @@ class HeldScopes:
     """The scope of each consumer's last record of `next`."""
 
     def __init__(self) -> None:
-        self._by_client: weakref.WeakKeyDictionary[TracedClient, HeldScope] = (
+        self._by_client: weakref.WeakKeyDictionary[Client, HeldScope] = (
             weakref.WeakKeyDictionary()
         )
 
-    def hold(self, telemetry: Telemetry, client: TracedClient, record: Record) -> None:
+    def hold(self, telemetry: Telemetry, client: Client, record: Record) -> None:
         """Enter the processing of a record that `next` returns."""
         scope = open_unless_in_scope(
             telemetry, client, record, otel_context.get_current()
@@ -246,7 +247,7 @@ class HeldScopes:
             scope.is_bounded = False
             self._by_client[client] = HeldScope(scope)
 
-    def close(self, client: TracedClient) -> None:
+    def close(self, client: Client) -> None:
         """Close the scope of a consumer's record, if there is one."""
         held = self._by_client.pop(client, None)
         if held is not None:

@@ -17,6 +17,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
+from otel_kafka_python._clients import Client
 from otel_kafka_python._config import Config
 from otel_kafka_python._messages import (
     LazyAttributes,
@@ -44,7 +45,7 @@ from otel_kafka_python._processing.scopes import (
 )
 from otel_kafka_python._propagation import SPAN_KEY, extract
 from otel_kafka_python._safety import call_hook
-from otel_kafka_python._telemetry import Telemetry, TracedClient
+from otel_kafka_python._telemetry import Telemetry
 
 
 class Pipelines(NamedTuple):
@@ -56,7 +57,7 @@ class Pipelines(NamedTuple):
 
 def _pipelines_of(
     telemetry: Telemetry,
-    client: TracedClient,
+    client: Client,
     messages: Iterable[tuple[Record, Context]],
     now: int,
 ) -> Pipelines:
@@ -83,7 +84,7 @@ def _pipelines_of(
 
 
 def _pipelines_of_batch(
-    telemetry: Telemetry, client: TracedClient, records: Sequence[Record], now: int
+    telemetry: Telemetry, client: Client, records: Sequence[Record], now: int
 ) -> Pipelines | None:
     """Find the pipelines of records, if pipelines are measured."""
     if not telemetry.config.pipeline_latency:
@@ -142,7 +143,7 @@ def start_without_span() -> Start | None:
 
 
 def open_scope(
-    telemetry: Telemetry, client: TracedClient, record: Record, current: Context
+    telemetry: Telemetry, client: Client, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record ("Process" spans).
 
@@ -208,7 +209,7 @@ def open_scope(
 
 def open_batch_scope(
     telemetry: Telemetry,
-    client: TracedClient,
+    client: Client,
     records: Sequence[Record],
     current: Context,
 ) -> Scope | None:
@@ -264,7 +265,7 @@ def enter_again(scope: Scope, record: Record, current: Context) -> None:
 
 
 def open_unless_in_scope(
-    telemetry: Telemetry, client: TracedClient, record: Record, current: Context
+    telemetry: Telemetry, client: Client, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
     if innermost.get(None) is not None and scope_of(record) is not None:
@@ -274,7 +275,7 @@ def open_unless_in_scope(
 
 def _open_measured(
     telemetry: Telemetry,
-    client: TracedClient,
+    client: Client,
     template: OperationTemplate,
     records: Sequence[Record],
     started: Moment,

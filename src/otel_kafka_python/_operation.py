@@ -368,13 +368,19 @@ class PendingOperation(Operation):
     _without_span = Context({SPAN_KEY: INVALID_SPAN})
     is_answered = True
 
-    def end_with(self, error: BaseException) -> None:
-        """End it with the exception of the call: the client has taken nothing."""
+    def end_with(self, error: BaseException | None, ended: int | None = None) -> None:
+        """End it without an answer of the broker.
+
+        Args:
+            error: The exception of the call, whose message or request the client has
+                not taken; None if nobody will ever know the outcome.
+            ended: The end by the monotonic clock, in nanoseconds; now if None.
+        """
         if self.claim():
             try:
                 self.fail(error)
             finally:  # also after an interrupt
-                self.end_claimed(self._known_attributes())
+                self.end_claimed(self._known_attributes(), ended=ended)
 
     def __call__(self, outcome: Any) -> None:
         """Receive the result or the exception of the future, on any thread."""
@@ -405,11 +411,7 @@ class PendingOperation(Operation):
 
     def abandon(self, ended: int) -> None:
         """End it without knowing the broker's answer."""
-        if self.claim():
-            try:
-                self.fail(None)
-            finally:
-                self.end_claimed(self._known_attributes(), ended=ended)
+        self.end_with(None, ended)
 
     def __del__(self) -> None:
         _defer_unended(self)

@@ -69,8 +69,10 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
     from kafka import KafkaConsumer, KafkaProducer  # noqa: PLC0415 (may be missing)
 
     producer, consumer = ProducerWrappers(telemetry), ConsumerWrappers(telemetry)
+    commits, transactions = CommitWrappers(telemetry), TransactionWrappers(telemetry)
+    futures, coordinator = _kafka.record_future_class(), _kafka.coordinator_class()
+
     yield KafkaProducer, "send", producer.send
-    futures = _kafka.record_future_class()
     yield futures, "add_callback", producer.add_callback
     yield futures, "add_errback", producer.add_callback
 
@@ -80,8 +82,6 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
     if consumer.waits:
         yield KafkaConsumer, "close", consumer.close
 
-    commits = CommitWrappers(telemetry)
-    coordinator = _kafka.coordinator_class()
     if coordinator is None:
         yield KafkaConsumer, "commit", commits.commit_sync
         yield KafkaConsumer, "commit_async", commits.commit_async
@@ -98,7 +98,6 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
             if hasattr(coordinator, method):
                 yield coordinator, method, wrapper
 
-    transactions = TransactionWrappers(telemetry)
     for method in _kafka.TRANSACTION_METHODS:
         if hasattr(KafkaProducer, method):
             yield KafkaProducer, method, partial(transactions.call, method)

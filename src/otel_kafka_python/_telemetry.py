@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry._logs import LoggerProvider
 from opentelemetry.context import Context, get_current
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.metrics import MeterProvider
+from opentelemetry.metrics import Histogram, MeterProvider
 from opentelemetry.trace import Link, Span, SpanKind, TracerProvider
 
 from otel_kafka_python import _endings, _kafka
@@ -28,7 +28,7 @@ from otel_kafka_python._client_metrics import observe
 from otel_kafka_python._clients import Client, Clients
 from otel_kafka_python._config import Config
 from otel_kafka_python._exception_events import ExceptionEvents
-from otel_kafka_python._metrics import Instruments, Metrics
+from otel_kafka_python._metrics import Instruments, MessageCounter, Metrics
 from otel_kafka_python._operation import (
     POLL,
     PROCESS,
@@ -183,20 +183,9 @@ class Telemetry:
         # Records of one partition came from its leader.
         if kind is POLL and topic is not None:
             attributes.update(peer_attributes(client.leader(topic, partition)))
-        duration = messages = queue_time = None
-        instruments = self._instruments()
-        self.measures = instruments is not None
-        if instruments is not None and kind.type:
-            duration = instruments.operation_duration
-            if kind is PROCESS:
-                duration = instruments.process_duration
-                duration_attributes = count_attributes
-            messages = {
-                SEND: instruments.sent_messages,
-                POLL: instruments.consumed_messages,
-            }.get(kind)
-            if kind is POLL and self.config.capture_queue_time:
-                queue_time = instruments.queue_time
+        if kind is PROCESS:
+            duration_attributes = count_attributes
+        duration, messages, queue_time = self._instruments_of(kind)
         injects = (
             self.config.propagates_to(topic)
             and client.sends_headers
@@ -226,6 +215,23 @@ class Telemetry:
             starts_pipeline=starts_pipeline,
             destination=destination,
         )
+
+    def _instruments_of(
+        self, kind: Kind
+    ) -> tuple[Histogram | None, MessageCounter | None, Histogram | None]:
+        """What measures the duration, counts the messages and measures queue time."""
+        instruments = self._instruments()
+        self.measures = instruments is not None
+        if instruments is None or not kind.type:
+            return None, None, None
+        if kind is PROCESS:
+            return instruments.process_duration, None, None
+        messages = {
+            SEND: instruments.sent_messages,
+            POLL: instruments.consumed_messages,
+        }.get(kind)
+        queue_time = instruments.queue_time if self.config.capture_queue_time else None
+        return instruments.operation_duration, messages, queue_time
 
     def _instruments(self) -> Instruments | None:
         try:

@@ -60,7 +60,7 @@ class ConsumerWrappers:
 
     def poll(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
         """Wrap `KafkaConsumer.poll` ("Receive" spans)."""
-        self._ask(instance)
+        self._on_asked(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
@@ -72,7 +72,7 @@ class ConsumerWrappers:
         except Exception as error:
             if is_inner:
                 client.step = Step.FAILED
-            self.fail(instance, client, started, error)
+            self.trace_failure(instance, client, started, error)
             raise
         try:
             if is_inner:
@@ -87,7 +87,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__next__` when it is called directly."""
-        self._ask(instance)
+        self._on_asked(instance)
         client = self._client_to_trace(instance)
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
@@ -99,7 +99,7 @@ class ConsumerWrappers:
         except StopIteration:
             raise
         except Exception as error:
-            self.fail(instance, client, started, error)
+            self.trace_failure(instance, client, started, error)
             raise
         finally:
             client.step = None
@@ -115,7 +115,7 @@ class ConsumerWrappers:
         self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """Wrap `KafkaConsumer.__iter__`."""
-        self._ask(instance)
+        self._on_asked(instance)
         plain = wrapped(*args, **kwargs)
         if not self.telemetry.active:
             return plain
@@ -130,12 +130,15 @@ class ConsumerWrappers:
         self.close_last(self.telemetry.clients.get(instance))
         return wrapped(*args, **kwargs)
 
-    def _ask(self, consumer: Any) -> None:
+    def _on_asked(self, consumer: Any) -> None:
         if self.waits:
-            self.ask(self.telemetry.clients.get(consumer))
+            self.on_asked(self.telemetry.clients.get(consumer))
 
-    def ask(self, client: Client) -> None:
-        """Close the last record of a consumer, and leave the scopes of the others."""
+    def on_asked(self, client: Client) -> None:
+        """Close the last record of a consumer that is asked for more.
+
+        The scopes of other consumers' records are left.
+        """
         self.close_last(client)
         if self.holds:
             self.held.displace()
@@ -159,7 +162,7 @@ class ConsumerWrappers:
             report("trace a consumer")
         return None
 
-    def fail(
+    def trace_failure(
         self, consumer: Any, client: Client, started: Moment, error: Exception
     ) -> None:
         """Trace a poll, a `next` or a step of an iteration that raised.
@@ -336,7 +339,7 @@ class ConsumerIterator(ScopedIterator):
     def _advance(self) -> Record:
         client = self._client
         if self._wrappers.waits:
-            self._wrappers.ask(client)
+            self._wrappers.on_asked(client)
         self._started = time.time_ns(), time.monotonic_ns()
         client.asked += 1
         around, client.step = client.step, Step.ITERATION
@@ -347,7 +350,9 @@ class ConsumerIterator(ScopedIterator):
         except Exception as error:
             # Up to 2.0, an iteration may have no poll inside.
             if client.step is not Step.FAILED:
-                self._wrappers.fail(self._consumer, client, self._started, error)
+                self._wrappers.trace_failure(
+                    self._consumer, client, self._started, error
+                )
             raise
         finally:
             client.step = around

@@ -80,12 +80,12 @@ class ExceptionEvents:
                 severity_number=severity,
                 event_name=f"messaging.{operation_type}.exception",
                 attributes=exception_attributes(error),
-                **_itself(error),
+                **_as_argument(error),
             )
         )
 
 
-def _itself(error: BaseException) -> dict[str, Any]:
+def _as_argument(error: BaseException) -> dict[str, Any]:
     """The exception as an argument of a log record, if log records take it.
 
     The SDK calls `str` on it, and loses the record if `str` raises.

@@ -144,7 +144,7 @@ class Operation(Endable):
     # The context that it is measured in if it has no span; the current one if None.
     _without_span: ClassVar[Context | None] = None
     # Whether it ends on the thread that calls back with the broker's answers.
-    is_answered: ClassVar[bool] = False
+    ends_on_io_thread: ClassVar[bool] = False
 
     def __init__(
         self, template: OperationTemplate, span: Span | None, started: Moment
@@ -261,7 +261,7 @@ class Operation(Endable):
                     if attributes and span.is_recording():
                         span.set_attributes(attributes)
                 finally:
-                    if self.is_answered:
+                    if self.ends_on_io_thread:
                         end_span(span, since_epoch + elapsed)
                     else:
                         span.end(since_epoch + elapsed)
@@ -366,7 +366,7 @@ class PendingOperation(Operation):
     # The thread of the answer may have inherited the span in which the client was made,
     # which must not become an exemplar. The SDK treats an empty context as no context.
     _without_span = Context({SPAN_KEY: INVALID_SPAN})
-    is_answered = True
+    ends_on_io_thread = True
 
     def end_with(self, error: BaseException | None, ended: int | None = None) -> None:
         """End it without an answer of the broker.

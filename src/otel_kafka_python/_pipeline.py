@@ -201,7 +201,7 @@ def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) 
 _unprocessed: dict[int, dict[int, Arrival]] = {}
 
 
-def take(headers: object) -> None:
+def note_processed(headers: object) -> None:
     """Note that a record is processed: its hand-over does not end its pipeline.
 
     Args:

@@ -194,18 +194,18 @@ class _InContext:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Up to 2.0, the future keeps this object. The application may keep the future.
         context, self._context = self._context, None
-        entered = _enter(context)
+        attached = _attach(context)
         try:
             return self._callback(*args, **kwargs)
         finally:
-            _leave(entered)
+            _detach(attached)
 
 
 # The context before the one that is current for application code, and its token.
-_Entered = tuple[Context, Token[Context]]
+_Attached = tuple[Context, Token[Context]]
 
 
-def _enter(context: Context | None) -> _Entered | None:
+def _attach(context: Context | None) -> _Attached | None:
     """Make a context current, if there is one, while application code runs."""
     try:
         return None if context is None else (get_current(), attach(context))
@@ -214,11 +214,11 @@ def _enter(context: Context | None) -> _Entered | None:
         return None
 
 
-def _leave(entered: _Entered | None) -> None:
+def _detach(attached: _Attached | None) -> None:
     """Restore the context that was current before."""
     try:
-        if entered is not None:
-            restore(*entered)
+        if attached is not None:
+            restore(*attached)
     except Exception:
         report("leave the context of a producer's code")
 
@@ -241,13 +241,13 @@ class ProducerWrappers:
         kwargs: Kwargs,
     ) -> Any:
         """Wrap `KafkaProducer.send` ("Send" spans)."""
-        delivery = scope = entered = None
+        delivery = inside = attached = None
         try:
-            delivery, scope, args, kwargs = self._prepare(instance, args, kwargs)
+            delivery, inside, args, kwargs = self._prepare(instance, args, kwargs)
         except Exception:
             report("trace a send")
-        if scope is not None:
-            entered = _enter(scope)
+        if inside is not None:
+            attached = _attach(inside)
         try:
             future = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -255,8 +255,8 @@ class ProducerWrappers:
                 delivery.end_with(error)
             raise
         finally:
-            if entered is not None:
-                _leave(entered)
+            if attached is not None:
+                _detach(attached)
         if delivery is not None:
             delivery.follow(future, self._telemetry.config)
         return future
@@ -338,9 +338,9 @@ class ProducerWrappers:
             )
         if injects and (sent or span is not None):
             args, kwargs = _with_context(args, kwargs, headers, sent, span)
-        extended = span if client.runs_application_code else None
-        scope = None if extended is None else set_span_in_context(extended, context)
-        return delivery, scope, args, kwargs
+        current = span if client.runs_application_code else None
+        inside = None if current is None else set_span_in_context(current, context)
+        return delivery, inside, args, kwargs
 
     @staticmethod
     def _call_hook(

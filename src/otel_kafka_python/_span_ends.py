@@ -90,7 +90,7 @@ def end_span(span: Span, ended: int) -> None:
         exports, custom = any(map(_exports_at_once, parts)), any(map(_is_custom, parts))
         known = _known = own._span_processors, exports, custom
     if known[1]:
-        _take().end(span, ended)
+        _running().end(span, ended)
     elif known[2]:
         before = time.monotonic_ns()
         span.end(ended)
@@ -141,7 +141,7 @@ def _warn_of_delay(elapsed: int) -> None:
         )
 
 
-def _take() -> _Ender:
+def _running() -> _Ender:
     global _ender  # noqa: PLW0603 (there is one thread)
     with _lock:
         if _ender is None:

@@ -150,8 +150,8 @@ class Records(list[Record]):
     def __reduce_ex__(self, protocol: object) -> Any:
         return list, (self.copy(),)
 
-    def take(self, record: Record) -> bool:
-        """Claim a record for a process span; false if another one accounts for it."""
+    def note_processed(self, record: Record) -> bool:
+        """Note that a process span accounts for a record; false if one did already."""
         # The application may add records of other partitions to a list.
         position = (record.topic, record.partition, record.offset)
         if position in self._processed:
@@ -203,7 +203,7 @@ class RecordsIterator(ScopedIterator):
         if not by_loop:
             return
         current = otel_context.get_current()
-        if telemetry.may_begin(current) and self._records.take(record):
+        if telemetry.may_begin(current) and self._records.note_processed(record):
             self._scope = open_unless_in_scope(telemetry, self._client, record, current)
 
 

@@ -164,7 +164,7 @@ def _flatten(given: Any) -> list[Record]:
             raise TypeError
         if isinstance(each, Records):
             for record in each.copy():
-                each.take(record)
+                each.note_processed(record)
         records.extend(each)
     return records
 

@@ -32,8 +32,8 @@ from otel_kafka_python._pipeline import (
     Start,
     carrying,
     measure,
+    note_processed,
     start_in,
-    take,
 )
 from otel_kafka_python._processing.scopes import (
     Scope,
@@ -71,7 +71,7 @@ def _pipelines_of(
     """
     first, arrivals = None, []
     for record, carried in messages:
-        take(record.headers)
+        note_processed(record.headers)
         start = start_in(carried, now)
         template = telemetry.template(client, PROCESS, record.topic, record.partition)
         if start is None or template is None or template.destination is None:

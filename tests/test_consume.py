@@ -128,8 +128,8 @@ def test_baggage_of_the_message_is_current_in_the_body_only(
     assert baggage.get_baggage("tenant") is None
 
 
-def test_what_the_application_has_in_its_context_stays_in_the_body(
-    instrumented: None, clients: Clients
+def test_what_the_application_has_in_its_context_stays_in_the_body_and_is_no_parent(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
     clients.send(b"1")
     token = context.attach(context.set_value("own", 1))
@@ -137,6 +137,9 @@ def test_what_the_application_has_in_its_context_stays_in_the_body(
         assert context.get_value("own") == 1
         break
     context.detach(token)
+    process = recorder.one(f"process {topic}")
+    assert process.parent is not None
+    assert [process.parent.span_id] == ids(recorder.named(f"send {topic}"))
 
 
 @pytest.mark.defect(8)

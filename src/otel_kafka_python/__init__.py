@@ -44,7 +44,7 @@ states:
 
 and the scope of a process span through these:
 
-    entered ──leave──▶ detached
+    entered ──leave──▶ undone
        │        └────▶ kept, while what the application made current in it lasts
        └──close──▶ left and ended
 
@@ -56,8 +56,10 @@ The words for ends mean the same everywhere:
     defer      note in a finaliser that an operation is to be abandoned
     abandon    end an operation because nothing else will any more
     leave      stop a scope from being current
-    detach     restore the context that was current before a scope
-    close      leave a scope and end its operation
+    undo       restore the context that was current before a scope
+    displace   leave the scope of a record of `next` when another record is asked for
+    close      leave a scope, or call the hook of a receipt, and end the operation
+    drop       close a scope whose iterator is finalised; defer its end in a collection
 """
 
 from otel_kafka_python._config import ConsumeHook, ProduceHook

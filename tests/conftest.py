@@ -6,6 +6,8 @@ import importlib.util
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,23 +54,24 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"brokers: {', '.join(brokers)}{left_out}"
 
 
-_started: list[ApacheBroker] = []
+_running = ExitStack()
+
+
+@cache
+def _apache() -> str:
+    """The address of the Apache Kafka of this run; each test has topics of its own."""
+    return _running.enter_context(ApacheBroker()).address
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Start one Apache Kafka for all workers of xdist: each has topics of its own."""
+    """Let all workers of xdist share it."""
     if "apache" in _brokers(node.config):
-        if not _started:
-            apache = ApacheBroker()
-            apache.start()
-            _started.append(apache)
-        node.workerinput["apache"] = _started[0].address
+        node.workerinput["apache"] = _apache()
 
 
 def pytest_unconfigure() -> None:
-    for apache in _started:
-        apache.stop()
+    _running.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -89,11 +92,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Any]:
     address = request.param
     if address == "apache":
         shared: dict[str, str] = getattr(request.config, "workerinput", {})
-        if "apache" not in shared:
-            with ApacheBroker() as apache:
-                yield apache
-            return
-        address = shared["apache"]
+        address = shared.get("apache") or _apache()
     yield SimpleNamespace(address=address)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 from opentelemetry.test._otlp_test_server import OtlpProtoTestServer
 
 from apache_broker import free_ports
+from backends import found, why_unavailable
 from clients import DEADLINE, sends_large
 
 # The demo needs a broker that refuses one of its orders, and a client that sends it.
@@ -29,6 +31,8 @@ EXPRESSIONS = [
 # A metric, with the labels that are matched; none within `by (…)` and `on (…)`.
 SELECTOR = r"\b((?:messaging|kafka)_\w+)(?:\{(.*?)\})?"
 SERVICES = ("payments", "shipping", "orders")
+# Prometheus adds these to what it scrapes.
+OF_A_PROCESS = {"job", "instance"}
 
 
 def grouped_by(expression: str) -> set[str]:
@@ -100,8 +104,8 @@ def wait_for(port: int, service: str) -> str:
 
 
 def label_sets(served: str, metric: str) -> Iterator[set[str]]:
-    for found in re.findall(rf"^{metric}\{{(.*)\}} ", served, re.MULTILINE):
-        yield set(re.findall(r'(\w+)="', found))
+    for labels in re.findall(rf"^{metric}\{{(.*)\}} ", served, re.MULTILINE):
+        yield set(re.findall(r'(\w+)="', labels))
 
 
 def test_there_is_something_to_show() -> None:
@@ -120,7 +124,7 @@ def test_each_metric_and_label_is_one_that_is_served(
         assert found, f"{metric} is not served"
         assert any(wanted <= names for names in found), f"{wanted} of {metric}: {found}"
         seen |= set.union(*found)
-    assert grouped <= seen
+    assert grouped <= seen | OF_A_PROCESS
 
 
 def test_the_legends_name_labels_of_their_expressions() -> None:
@@ -130,7 +134,91 @@ def test_the_legends_name_labels_of_their_expressions() -> None:
             # What is the most of some series has only the labels by which it is.
             outermost = re.match(r"max by \(.*?\)", target["expr"])
             result = outermost[0] if outermost else target["expr"]
-            assert named == grouped_by(result) - {"le"}
+            assert named == grouped_by(result) - {"le"} - OF_A_PROCESS
+
+
+# What comes in a minute, as a service, a topic, a group, messages, and seconds in all:
+# of the latency since the first send, of waiting and of processing.
+MEASURED = {
+    ("payments", "orders", "payments"): (40, 160, 40, 40),
+    ("payments-2", "orders", "payments"): (20, 200, 20, 20),
+    ("shipping", "payments", "shipping"): (60, 60 * 20, 60 * 3, 60 * 2),
+    ("mail", "shipments", "mail"): (60, 60 * 21, 60 * 2, 60 * 1),
+    ("idle", "other", "idle"): (0, 0, 0, 0),
+}
+PARTS = (
+    "kafka_pipeline_latency",
+    "kafka_record_queue_time",
+    "messaging_process_duration",
+)
+SENT = {
+    ("orders", "orders"): 60,
+    ("payments", "payments"): 40,
+    ("payments-2", "payments"): 20,
+    ("shipping", "shipments"): 60,
+    ("idle", "payments"): 20,
+}
+
+
+def made_up() -> Iterator[tuple[str, int]]:
+    """Series, and by how much each grows in a minute."""
+    for (service, topic, group), figures in MEASURED.items():
+        count, *sums = figures
+        labels = f'job="{service}",instance="{service}:1",'
+        labels += f'messaging_destination_name="{topic}",'
+        labels += f'messaging_consumer_group_name="{group}"'
+        for metric, total in zip(PARTS, sums, strict=True):
+            yield f"{metric}_seconds_count{{{labels}}}", count
+            yield f"{metric}_seconds_sum{{{labels}}}", total
+    for (service, topic), count in SENT.items():
+        labels = f'job="{service}",instance="{service}:1",'
+        labels += f'messaging_destination_name="{topic}"'
+        yield f"messaging_client_sent_messages_total{{{labels}}}", count
+
+
+@pytest.mark.skipif(
+    bool(why_unavailable("promtool")), reason=why_unavailable("promtool")
+)
+def test_handed_on_is_what_waiting_and_processing_leave(tmp_path: Path) -> None:
+    """Payments are sent 15 seconds after the start, and orders paid after 6.
+
+    Shipments are sent before their processing ends.
+    """
+    (handed_on,) = (
+        target["expr"]
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+        if target["legendFormat"].endswith(" handed on")
+    )
+    names = 'messaging_consumer_group_name="{}", messaging_destination_name="{}"'
+    expected = {("shipping", "payments"): 9, ("mail", "shipments"): 0}
+    test = {
+        "interval": "1m",
+        "input_series": [
+            {"series": series, "values": f"0+{more}x10"} for series, more in made_up()
+        ],
+        "promql_expr_test": [
+            {
+                "expr": f"round({handed_on.replace('$__rate_interval', '5m')})",
+                "eval_time": "10m",
+                "exp_samples": [
+                    {"labels": f"{{{names.format(*hop)}}}", "value": seconds}
+                    for hop, seconds in expected.items()
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"tests": [test]}))
+    promtool = found("promtool")
+    assert promtool is not None
+    done = subprocess.run(
+        [promtool, "test", "rules", "test.yaml"],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_alert_on_slow_pipelines_is_on_what_is_shown() -> None:

@@ -387,32 +387,7 @@ def test_a_loop_that_the_exit_interrupts_has_its_span_ended(
     assert [name for name, _, _ in told["ended"]] == [f"process {topic}"]
 
 
-def test_a_thread_in_its_loop_at_the_exit_has_its_span_ended(
-    clients: Clients, topic: str
-) -> None:
-    clients.send(b"1")
-    told = run_recorded(
-        """
-        import threading
-        inside = threading.Event()
-        consumer = KafkaConsumer(
-            sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
-        )
-        def loop():
-            for record in consumer:
-                inside.set()
-                threading.Event().wait()
-        threading.Thread(target=loop, daemon=True).start()
-        inside.wait()
-        """,
-        clients.address,
-        topic,
-    )
-    assert told["open"] == []
-
-
-FROZEN = """
-    import gc
+THREAD_IN_LOOP = """
     import threading
     inside = threading.Event()
     consumer = KafkaConsumer(
@@ -424,19 +399,26 @@ FROZEN = """
             threading.Event().wait()
     threading.Thread(target=loop, daemon=True).start()
     inside.wait()
-    gc.freeze()
 """
+
+
+def test_a_thread_in_its_loop_at_the_exit_has_its_span_ended(
+    clients: Clients, topic: str
+) -> None:
+    clients.send(b"1")
+    told = run_recorded(THREAD_IN_LOOP, clients.address, topic)
+    assert told["open"] == []
 
 
 @pytest.mark.cpython
 def test_an_exit_ends_the_spans_of_frozen_objects(clients: Clients, topic: str) -> None:
     clients.send(b"1")
-    told = run_recorded(FROZEN, clients.address, topic)
+    frozen = THREAD_IN_LOOP + "    import gc\n    gc.freeze()\n"
+    told = run_recorded(frozen, clients.address, topic)
     assert told["open"] == []
 
 
 ORDER = """
-    import threading
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from otel_kafka_python import KafkaPythonInstrumentor
     class Order(SpanProcessor):
@@ -447,16 +429,6 @@ ORDER = """
     provider = TracerProvider()
     provider.add_span_processor(Order())
     KafkaPythonInstrumentor().instrument(tracer_provider=provider)
-    inside = threading.Event()
-    consumer = KafkaConsumer(
-        sys.argv[2], bootstrap_servers=sys.argv[1], auto_offset_reset="earliest"
-    )
-    def loop():
-        for record in consumer:
-            inside.set()
-            threading.Event().wait()
-    threading.Thread(target=loop, daemon=True).start()
-    inside.wait()
 """
 
 
@@ -464,7 +436,9 @@ def test_an_exit_ends_the_spans_before_their_provider_shuts_down(
     clients: Clients, topic: str
 ) -> None:
     clients.send(b"1")
-    script = "import sys\nfrom kafka import KafkaConsumer\n" + textwrap.dedent(ORDER)
+    script = "import sys\nfrom kafka import KafkaConsumer\n" + textwrap.dedent(
+        ORDER + THREAD_IN_LOOP
+    )
     done = run(script, clients.address, topic)
     assert done.stdout.split("\n")[:2] == ["ended", "shut down"], done.stderr
 

@@ -119,15 +119,18 @@ class ViolationError(AssertionError):
     """Something is not as the convention has it."""
 
 
+def _raise_all(violations: list[str]) -> None:
+    if violations:
+        raise ViolationError("\n".join(sorted(set(violations))))
+
+
 def check_spans(spans: Iterable[Seen]) -> None:
     """Hold spans of ours against the convention.
 
     Raises:
         ViolationError: What is wrong, all of it.
     """
-    violations = [each for span in spans for each in _check_span(span)]
-    if violations:
-        raise ViolationError("\n".join(sorted(set(violations))))
+    _raise_all([each for span in spans for each in _check_span(span)])
 
 
 def _check_span(span: Seen) -> list[str]:
@@ -213,9 +216,7 @@ def check_metrics(metrics: Iterable[Metric]) -> None:
     Raises:
         ViolationError: What is wrong, all of it.
     """
-    violations = [each for metric in metrics for each in _check_metric(metric)]
-    if violations:
-        raise ViolationError("\n".join(sorted(set(violations))))
+    _raise_all([each for metric in metrics for each in _check_metric(metric)])
 
 
 def _check_metric(metric: Metric) -> Iterable[str]:
@@ -265,9 +266,7 @@ def check_events(records: Iterable[LogRecord]) -> None:
     Raises:
         ViolationError: What is wrong, all of it.
     """
-    violations = [each for record in records for each in _check_event(record)]
-    if violations:
-        raise ViolationError("\n".join(sorted(set(violations))))
+    _raise_all([each for record in records for each in _check_event(record)])
 
 
 def _check_event(record: LogRecord) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -13,10 +14,15 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from clients import Clients, Finite, poll
+from clients import DEADLINE, Clients, Finite, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, _endings, process_span
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _endings,
+    _operation,
+    process_span,
+)
 from otel_kafka_python._config import Config
 from recorder import Log, Recorder, attributes_of
 
@@ -286,6 +292,76 @@ def test_the_consume_hook_is_called_once_for_each_record(
     assert recorder.count("messaging.client.consumed.messages") == 2
     with_own = [span for span in recorder.ended if "app.own" in (span.attributes or {})]
     assert len(with_own) == 2
+
+
+def in_a_worker(record: Any) -> None:
+    """Process a record in a thread, as a worker behind a queue does."""
+
+    def work() -> None:
+        with process_span(record):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(DEADLINE)
+
+
+@pytest.mark.parametrize("way", [next_records, looped, looped_over_polled])
+@pytest.mark.cpython
+def test_the_consume_hook_is_called_once_for_a_record_that_a_worker_processes_later(
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    way: Callable[[Any], Iterator[Any]],
+) -> None:
+    calls: list[tuple[str, int]] = []
+    instrument(
+        consume_hook=lambda span, record, *_: calls.append((span.name, record.offset))
+    )
+    clients.send(b"1", b"2")
+    consumer = clients.consumer()
+    records = []
+    for record in islice(way(consumer), 2):
+        records.append(record)
+    consumer.close()
+    name = f"{'poll' if way is next_records else 'process'} {topic}"
+    assert calls == [(name, 0), (name, 1)]
+    recorder.ended.clear()
+    for record in records:
+        in_a_worker(record)
+    assert recorder.names() == [f"process {topic}"] * 2
+    assert calls == [(name, 0), (name, 1)]
+
+
+def test_the_consume_hook_is_called_for_a_record_that_is_delivered_again(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    offsets: list[int] = []
+    instrument(consume_hook=lambda span, record, *_: offsets.append(record.offset))
+    clients.send(b"1")
+    consumer = clients.consumer()
+    first = next(consumer)
+    consumer.seek(TopicPartition(topic, 0), 0)
+    again = next(consumer)
+    for record in (first, again):
+        in_a_worker(record)
+    consumer.close()
+    assert (first.offset, again.offset) == (0, 0)
+    assert offsets == [0, 0]
+
+
+def test_the_consume_hook_remembers_a_limited_number_of_records(
+    instrument: Instrument, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_operation.RecordHook, "REMEMBERED", 2)
+    offsets: list[int] = []
+    instrument(consume_hook=lambda span, record, *_: offsets.append(record.offset))
+    clients.send(b"1", b"2", b"3")
+    records = poll_records(clients.consumer(), 3)
+    for record in [*records, *records[::-1]]:
+        with process_span(record):
+            pass
+    assert offsets == [0, 1, 2, 0]
 
 
 ENDS: dict[str, Callable[[Any, Clients], Any]] = {

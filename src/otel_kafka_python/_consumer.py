@@ -52,7 +52,7 @@ class ConsumerWrappers:
         # Whether a record's telemetry may last until its consumer is asked for more.
         self.waits = (
             self.holds
-            or telemetry.config.consume_hook is not None
+            or telemetry.consume_hook is not None
             or telemetry.config.pipeline_latency
         )
         telemetry.on_stop(self.held.close_all)
@@ -280,7 +280,7 @@ class ConsumerWrappers:
             span = telemetry.start_span(
                 template, SpanKind.CLIENT, started, attributes, links=links
             )
-        hook = config.consume_hook
+        hook = telemetry.consume_hook
         if span is None or hook is None or (measured and self.holds):
             Operation(template, span, started).end(ended=ended, measured=measured)
         else:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -295,6 +296,43 @@ class Operation(Endable):
         self.end(ended=ended)
 
 
+class RecordHook:
+    """The application's consume_hook, which is called once for each record.
+
+    A record may have several process spans, or one that begins after the hook was
+    called with its receive span. So the last records are remembered: each by its
+    position and by its list of headers, which no other record has. A record itself
+    cannot be referenced weakly, and its value may be large.
+
+    Args:
+        hook: The hook.
+    """
+
+    REMEMBERED: ClassVar[int] = 10_000
+
+    def __init__(self, hook: Callable[..., object]) -> None:
+        self._hook = hook
+        # The headers are kept so that their identities stay theirs.
+        self._called: dict[object, list[object]] = {}
+        self._order: deque[object] = deque()
+
+    def __call__(self, span: Span | None, record: Any) -> None:
+        """Call the hook with the span of a record, unless it was called before."""
+        call_hook("consume_hook", self._call_once, span, record)
+
+    def _call_once(self, span: Span | None, record: Any) -> None:
+        headers = record.headers
+        known = id(headers), record.topic, record.partition, record.offset
+        mark = [headers]
+        # This is atomic: only one of two threads succeeds.
+        if self._called.setdefault(known, mark) is not mark:
+            return
+        self._order.append(known)
+        if len(self._order) > self.REMEMBERED:
+            self._called.pop(self._order.popleft(), None)
+        self._hook(span, record, (), {})
+
+
 class Receipt(Operation):
     """The receipt of a single record, open until its processing begins or is ruled out.
 
@@ -322,7 +360,7 @@ class Receipt(Operation):
         *,
         measured: bool,
         record: Any,
-        hook: Callable[..., object],
+        hook: RecordHook,
     ) -> None:
         self._received = received
         self._measured = measured
@@ -340,7 +378,7 @@ class Receipt(Operation):
             record, self.record = self.record, None
             try:
                 if hooked:
-                    call_hook("consume_hook", self._hook, self.span, record, (), {})
+                    self._hook(self.span, record)
             finally:  # also after an interrupt
                 self.end_claimed(ended=self._received, measured=self._measured)
 

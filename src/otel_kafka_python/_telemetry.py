@@ -36,6 +36,7 @@ from otel_kafka_python._operation import (
     Kind,
     Moment,
     OperationTemplate,
+    RecordHook,
 )
 from otel_kafka_python._pipeline import Destination, Sources
 from otel_kafka_python._propagation import has_propagators
@@ -64,6 +65,9 @@ class Telemetry:
         on_new_client: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = config
+        self.consume_hook: RecordHook | None = None
+        if config.consume_hook is not None:
+            self.consume_hook = RecordHook(config.consume_hook)
         self.clients = Clients(on_new_client)
         self._unknown = Client()
         self._unknown_for: Instruments | None = None  # those that it was made for

@@ -117,7 +117,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
             return None, None
         if batch:
             return _closed(open_batch_scope(telemetry, client, records, current))
-        if telemetry.config.consume_hook is not None:
+        if telemetry.consume_hook is not None:
             _pass_receipt(telemetry, records[0])
         return _closed(open_scope(telemetry, client, records[0], current))
 

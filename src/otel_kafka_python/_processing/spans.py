@@ -44,7 +44,6 @@ from otel_kafka_python._processing.scopes import (
     scope_of,
 )
 from otel_kafka_python._propagation import SPAN_KEY, extract
-from otel_kafka_python._safety import call_hook
 from otel_kafka_python._telemetry import Telemetry
 
 
@@ -191,7 +190,7 @@ def open_scope(
     )
     if (
         span is INVALID_SPAN
-        and not (context or config.consume_hook)
+        and not (context or telemetry.consume_hook)
         and not template.observes_end
     ):
         # Without an SDK there is nothing to make current. This halves the cost.
@@ -199,8 +198,8 @@ def open_scope(
     scope = _new_scope(template, span, started, pipelines)
     try:
         scope.enter(ScopeMessages((record,), links, context), around, context)
-        if span is not None and config.consume_hook is not None:
-            call_hook("consume_hook", config.consume_hook, span, record, (), {})
+        if span is not None and telemetry.consume_hook is not None:
+            telemetry.consume_hook(span, record)
     except BaseException:  # an interrupt ends the application
         scope.close()
         raise

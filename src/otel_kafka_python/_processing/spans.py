@@ -65,7 +65,8 @@ def _pipelines_of(
     Args:
         telemetry: The telemetry that all wrappers share.
         client: The consumer, or an empty one if it is not known.
-        messages: The records, each with the context that it carries.
+        messages: The records, none of an excluded topic, each with the context that it
+            carries.
         now: Nanoseconds since the epoch.
     """
     first, arrivals = None, []
@@ -73,7 +74,8 @@ def _pipelines_of(
         note_processed(record.headers)
         start = start_in(carried, now)
         template = telemetry.template(client, PROCESS, record.topic, record.partition)
-        if start is None or template is None or template.destination is None:
+        assert template is not None  # the topic is not excluded
+        if start is None or template.destination is None:
             continue
         first = start if first is None else min(start, first)
         arrival = template.destination.arrival(start)
@@ -173,9 +175,7 @@ def open_scope(
         describe(config, record, attributes, started[0])
     else:
         attributes = LazyAttributes(config, record, template.attributes, started[0])
-    context = (
-        Context({**around, **carried}) if around and carried else around or carried
-    )
+    context = Context({**around, **carried}) if around else carried
     links = () if created is None else (Link(created),)
     pipelines = None
     if config.pipeline_latency:
@@ -291,7 +291,7 @@ def _open_measured(
 
 def _context_around(current: Context) -> Context:
     """The context around a scope that is about to be entered."""
-    if not current and innermost.get(None) is None:
+    if innermost.get(None) is None:
         return current
     return context_around_held(context_around_ended(current))
 

@@ -263,6 +263,19 @@ def test_the_queue_time_is_the_time_since_the_records_timestamp(
         assert 3000 <= second <= 3000 + most * 1000 + 2
 
 
+@pytest.mark.one_client
+def test_the_queue_time_of_a_message_without_a_context_is_on_its_process_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(capture_queue_time=True, propagation=False)
+    now = time.time()
+    clients.send(b"value", timestamp_ms=int((now - 5) * 1000))
+    process(clients)
+    most = time.time() - now
+    (attributes,) = attributes_of([recorder.one(f"process {topic}")])
+    assert 5000 <= attributes[QUEUE_TIME_MS] <= 5000 + most * 1000 + 2
+
+
 def test_the_queue_time_is_measured_without_any_span(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

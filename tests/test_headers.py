@@ -11,6 +11,7 @@ import pytest
 from opentelemetry import baggage, context, propagate, trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.propagators.b3 import B3MultiFormat, B3SingleFormat
 from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.propagators.jaeger import JaegerPropagator
@@ -313,6 +314,21 @@ def test_a_context_that_is_put_on_a_message_stays_also_while_others_are_processe
             to.close()
             break
         break
+
+
+@pytest.mark.one_client
+def test_a_context_that_is_put_on_a_message_stays_while_one_without_is_processed(
+    instrumented: None, clients: Clients, topic: str
+) -> None:
+    with suppress_instrumentation():
+        clients.send(b"value")
+    producer = clients.producer()
+    for _ in clients.consumer():
+        producer.send(f"{topic}-next", b"value", headers=[STALE])
+        break
+    producer.flush()
+    (sent,) = poll_records(clients.consumer(f"{topic}-next"), 1)
+    assert sent.headers == [STALE]
 
 
 def test_the_applications_own_create_span_stays_the_creation_context(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,13 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from clients import DEADLINE, VERSION, Clients, poll, poll_records
 from collector import collect
 from conftest import Instrument
-from otel_kafka_python import _endings, _kafka, _pipeline, process_span
+from otel_kafka_python import (
+    KafkaPythonInstrumentor,
+    _endings,
+    _kafka,
+    _pipeline,
+    process_span,
+)
 from otel_kafka_python._metrics import Metrics
 from recorder import Log, Recorder
 from scripts import forks, needs_fork
@@ -200,6 +207,56 @@ def test_each_hop_keeps_the_start_and_is_measured_once(
         assert (point.count, point.attributes["kafka.pipeline.source"]) == (1, topic)
 
 
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_a_task_that_outlasts_a_record_without_a_span_starts_a_pipeline(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    """Its context still has the scope of the record."""
+    instrument(pipeline_latency=True, process_spans=False)
+    send_with(clients, began(100))
+    (record,) = poll_records(clients.consumer(), 1)
+    producer = clients.producer()
+    with process_span(record):
+        task = copy_context()
+    task.run(producer.send, f"{topic}-next", b"value").get(DEADLINE)
+    (entries,) = received(clients, f"{topic}-next")
+    assert str(entries["kafka.pipeline"]).endswith(f"-{topic}-next")
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_a_setting_that_changes_while_a_record_is_processed_starts_a_pipeline(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    instrument(process_spans=False)
+    clients.send(b"value")
+    (record,) = poll_records(clients.consumer(), 1)
+    with process_span(record):
+        KafkaPythonInstrumentor().uninstrument()
+        instrument(pipeline_latency=True)
+        clients.producer().send(f"{topic}-next", b"value").get(DEADLINE)
+    (entries,) = received(clients, f"{topic}-next")
+    assert str(entries["kafka.pipeline"]).endswith(f"-{topic}-next")
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_an_application_that_removes_the_baggage_starts_a_pipeline(
+    instrument: Instrument, clients: Clients, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, began(100))
+    (record,) = poll_records(clients.consumer(), 1)
+    producer = clients.producer()
+    with process_span(record):
+        token = context.attach(baggage.clear())
+        producer.send(f"{topic}-next", b"value").get(DEADLINE)
+        context.detach(token)
+    (entries,) = received(clients, f"{topic}-next")
+    assert str(entries["kafka.pipeline"]).endswith(f"-{topic}-next")
+
+
 @pytest.mark.skipif(VERSION < (2, 2), reason="transactions came with 2.2")
 @pytest.mark.one_client
 def test_a_transaction_keeps_the_start(
@@ -249,6 +306,39 @@ def test_the_process_span_is_its_exemplar(
     span = recorder.one(f"process {topic}").context
     assert span is not None
     assert (exemplar.trace_id, exemplar.span_id) == (span.trace_id, span.span_id)
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_it_ends_with_the_process_span_whose_duration_is_measured_too(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, began(1))
+    (record,) = poll_records(clients.consumer(), 1)
+    with process_span(record):
+        pass
+    start = int(str(carried(record)["kafka.pipeline"]).partition("-")[0])
+    ended = recorder.one(f"process {topic}").end_time
+    assert ended is not None
+    (point,) = recorder.points(LATENCY)
+    assert point.sum == (ended - start * 1_000_000) / 1e9
+    assert recorder.count("messaging.process.duration") == 1
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_without_process_spans_the_current_span_is_its_exemplar(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(pipeline_latency=True, process_spans=False)
+    send_with(clients, began(1))
+    records = poll_records(clients.consumer(), 1)
+    with recorder.tracer.start_as_current_span("work") as work, process_span(records):
+        pass
+    (point,) = recorder.points(LATENCY)
+    (exemplar,) = point.exemplars
+    assert exemplar.span_id == work.get_span_context().span_id
 
 
 def test_a_clock_that_is_behind_gives_no_negative_latency(
@@ -371,6 +461,21 @@ def test_a_batch_measures_each_message_and_hands_on_the_earliest_start(
     ] == [
         entries[number].split(b"=")[1].decode() for number in (1, 0, 1, 2, 1)
     ]  # fmt: skip
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+@pytest.mark.parametrize("form", ["one", "batch"])
+def test_messages_of_no_pipeline_are_processed_as_ever(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str, form: str
+) -> None:
+    instrument(pipeline_latency=True)
+    send_with(clients, b"tenant=blue")
+    records = poll_records(clients.consumer(), 1)
+    with process_span(records if form == "batch" else records[0]) as span:
+        assert trace.get_current_span() is span
+    recorder.one(f"process {topic}")
+    assert recorder.points(LATENCY) == []
 
 
 def let_go(producer: Any, topic: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from kafka import TopicPartition
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry import baggage, context, trace
+from opentelemetry.sdk.trace import Tracer, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from clients import DEADLINE, Clients, Finite, poll, poll_records
@@ -522,3 +522,82 @@ def test_without_metrics_nothing_is_measured_but_what_is_asked_for(
     names = {metric.name for metric in recorder.metrics()}
     assert names
     assert {name.split(".")[1] for name in names} == {"consumer", "producer"}
+
+
+def process_one(clients: Clients, **arguments: Any) -> Any:
+    """Process one record, and return what the body had as the current context."""
+    clients.send(b"1", **arguments)
+    ((record,),) = poll(clients.consumer()).values()
+    with process_span(record):
+        return context.get_current()
+
+
+WITHOUT_SPANS = {"tracer_provider": trace.NoOpTracerProvider()}
+
+
+@pytest.mark.one_client
+def test_without_an_sdk_the_context_of_the_processing_is_the_applications_own(
+    instrument: Instrument, clients: Clients
+) -> None:
+    instrument(**WITHOUT_SPANS, metrics=False)
+    assert process_one(clients) is context.get_current()
+
+
+@pytest.mark.one_client
+def test_without_an_sdk_the_baggage_of_the_message_is_current(
+    instrument: Instrument, clients: Clients
+) -> None:
+    instrument(**WITHOUT_SPANS, metrics=False)
+    current = process_one(clients, headers=[("baggage", b"tenant=blue")])
+    assert baggage.get_all(current) == {"tenant": "blue"}
+
+
+@pytest.mark.one_client
+def test_without_an_sdk_the_consume_hook_is_called(
+    instrument: Instrument, clients: Clients
+) -> None:
+    seen = []
+    hook = lambda _, record, *__: seen.append(record.value)  # noqa: E731
+    instrument(**WITHOUT_SPANS, metrics=False, consume_hook=hook)
+    process_one(clients)
+    assert seen == [b"1"]
+
+
+@pytest.mark.one_client
+def test_without_an_sdk_for_spans_the_processing_is_measured(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(**WITHOUT_SPANS)
+    process_one(clients)
+    assert recorder.count("messaging.process.duration") == 1
+
+
+@pytest.mark.one_client
+def test_without_metrics_the_processing_of_a_message_without_headers_has_a_span(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(metrics=False, propagation=False)
+    current = process_one(clients)
+    assert recorder.one(f"process {topic}").context == (
+        trace.get_current_span(current).get_span_context()
+    )
+    assert recorder.points("messaging.process.duration") == []
+
+
+@pytest.mark.one_client
+def test_the_consume_hook_is_not_called_for_a_span_that_was_not_started(
+    instrument: Instrument, clients: Clients, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no span")
+
+    seen: list[Any] = []
+    instrument(consume_hook=lambda *given: seen.append(given))
+    clients.send(b"1")
+    ((record,),) = poll(clients.consumer()).values()
+    monkeypatch.setattr(Tracer, "start_span", fail)
+    with process_span(record) as span:
+        assert span is trace.INVALID_SPAN
+    assert seen == []
+    (line,) = log.take()
+    assert line.startswith("Failed to start a span")

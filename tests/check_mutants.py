@@ -47,7 +47,10 @@ KNOWN = ROOT / "tests" / "mutants.json"
 TESTS = {
     "_propagation": ("headers", "send", "pipeline_latency", "captures", "bad_input"),
     "_processing/scopes": ("scopes", "next", "process_span", "lifecycle", "headers"),
-    "_processing/spans": ("scopes", "process_span", "consume", "pipeline_latency"),
+    "_processing/spans": (
+        *("scopes", "process_span", "consume", "pipeline_latency", "next", "settings"),
+        *("captures", "headers"),
+    ),
     "_operation": (
         *("send", "metrics", "lifecycle", "exceptions", "next", "settlement"),
         *("settings", "span_ends"),

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 from opentelemetry import baggage, context, trace
+from opentelemetry.context import Context
 from opentelemetry.instrumentation.utils import suppress_instrumentation
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -126,6 +127,35 @@ def test_baggage_of_the_message_is_current_in_the_body_only(
         assert baggage.get_baggage("tenant") == "blue"
         break
     assert baggage.get_baggage("tenant") is None
+
+
+class BaggageProcessor(SpanProcessor):
+    """Sees the baggage in which spans start, as the processor for baggage does."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, object]] = []
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if span.name.startswith("process"):
+            self.seen.append(dict(baggage.get_all(parent_context)))
+
+
+@pytest.mark.one_broker
+@pytest.mark.one_client
+def test_a_span_processor_sees_the_baggage_of_the_message(
+    instrumented: None, clients: Clients, recorder: Recorder
+) -> None:
+    processor = BaggageProcessor()
+    recorder.tracer_provider.add_span_processor(processor)
+    token = context.attach(baggage.set_baggage("tenant", "blue"))
+    clients.send(b"1")
+    context.detach(token)
+    (record,) = poll_records(clients.consumer(), 1)
+    with process_span(record):
+        pass
+    with recorder.tracer.start_as_current_span("batch job"), process_span(record):
+        pass
+    assert processor.seen == [{"tenant": "blue"}] * 2
 
 
 def test_what_the_application_has_in_its_context_stays_in_the_body_and_is_no_parent(

@@ -60,6 +60,17 @@ OWN_METRICS: dict[str, Any] = {
     },
 }
 
+OWN_NAMES = {
+    *OWN_ATTRIBUTES,
+    *OWN_METRICS,
+    *(
+        name
+        for metric in OWN_METRICS.values()
+        for name in metric["attributes"]
+        if name.startswith("kafka.")
+    ),
+}
+
 # Of one message: what a link of a batch may carry.
 OF_ONE_MESSAGE = {
     "messaging.kafka.offset",

@@ -12,6 +12,7 @@ import kafka.errors
 import pytest
 
 from clients import IS_NG
+from conformance import OWN_NAMES
 from otel_kafka_python import _kafka, _semconv
 from otel_kafka_python._attributes import (
     add_message,
@@ -194,13 +195,9 @@ def test_every_name_is_one_of_the_convention() -> None:
         _semconv.SCHEMA_URL,
         _semconv.OUTCOME_UNKNOWN,
         _semconv.ERROR_OTHER,
-        # Our own, named after the Java agent's.
         _semconv.MESSAGING_HEADER_PREFIX,
-        _semconv.KAFKA_RECORD_QUEUE_TIME,
-        _semconv.KAFKA_RECORD_QUEUE_TIME_MS,
         _semconv.KAFKA_PIPELINE,
-        _semconv.KAFKA_PIPELINE_LATENCY,
-        _semconv.KAFKA_PIPELINE_SOURCE,
+        *OWN_NAMES,
     }
     assert CONVENTION["schema_url"] == _semconv.SCHEMA_URL
     for metric in CONVENTION["metrics"].values():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -990,6 +991,24 @@ def test_an_answer_after_a_commit_was_given_up_changes_nothing(
     (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
     assert attributes["error.type"] == "outcome_unknown"
     assert measured(recorder) == 1
+
+
+def test_a_commit_that_is_given_up_ends_at_that_moment(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+) -> None:
+    consumer, answer = clients.consumer(group_id=topic), Future()
+    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    moment = time.monotonic_ns() + 10**12
+    patched.setattr(_endings, "time", SimpleNamespace(monotonic_ns=lambda: moment))
+    _endings.abandon_all()
+    span = recorder.one(f"commit {topic}")
+    assert (span.end_time or 0) - (span.start_time or 0) >= 10**12
 
 
 def test_an_interrupt_while_a_commit_is_given_up_leaves_no_span_open(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from compare import CASES, LONG_CASES
+from other_baggage import START, microseconds
 from publish import COMPARED, DOCS, SCALED, STATIC, publish, with_apart, written
 from report import GOALS, fleets, measured_with
 from scaling import CURVES
@@ -111,3 +112,9 @@ def test_the_benchmarks_run(tmp_path: Path) -> None:
     published = publish(made["compare"], made["scaling"])
     assert all(published.charts.values())
     assert all(part for page in published.pages.values() for part in page.values())
+
+
+def test_the_cost_of_baggage_is_measured_beside_the_start_and_without() -> None:
+    start = {"kafka.pipeline": START}
+    for entries in (start, {**start, "tenant": "blue"}):
+        assert min(microseconds(entries, 1)) > 0

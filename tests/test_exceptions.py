@@ -176,6 +176,33 @@ def test_an_exception_that_cannot_say_what_it_is_makes_a_log_event(
     assert str(event.attributes["exception.message"]).endswith("Mute")
 
 
+@pytest.mark.skipif(
+    "exception" not in signature(LogRecord.__init__).parameters,
+    reason="log records take no exceptions",
+)
+def test_a_log_event_has_the_exception_itself_instead_of_its_attributes(
+    monkeypatch: pytest.MonkeyPatch,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+) -> None:
+    emitted: list[LogRecord] = []
+
+    class Keeping(NoOpLogger):
+        def emit(self, *args: Any, **kwargs: Any) -> None:
+            emitted.extend(args)
+
+    monkeypatch.setenv(SIGNAL, "logs")
+    monkeypatch.setattr(
+        recorder.logger_provider, "get_logger", lambda *_, **__: Keeping("keeping")
+    )
+    instrument()
+    fail_to_send(clients)
+    (event,) = emitted
+    assert isinstance(event.exception, Broken)
+    assert not event.attributes
+
+
 def test_a_logger_that_fails_harms_nobody(
     monkeypatch: pytest.MonkeyPatch,
     instrument: Instrument,

@@ -79,20 +79,22 @@ class ExceptionEvents:
                 severity_text=severity.name,
                 severity_number=severity,
                 event_name=f"messaging.{operation_type}.exception",
-                attributes=exception_attributes(error),
-                **_as_argument(error),
+                **_as_arguments(error),
             )
         )
 
 
-def _as_argument(error: BaseException) -> dict[str, Any]:
-    """The exception as an argument of a log record, if log records take it.
+def _as_arguments(error: BaseException) -> dict[str, Any]:
+    """The exception as arguments of a log record: itself, or its attributes.
 
-    The SDK calls `str` on it, and loses the record if `str` raises.
+    The SDK reads the attributes from the exception itself. It calls `str` on it, and
+    loses the record if `str` raises.
     """
-    try:
-        str(error)
-    except Exception:
-        raise_signalled()
-        return {}
-    return {"exception": error} if _TAKES_EXCEPTIONS else {}
+    if _TAKES_EXCEPTIONS:
+        try:
+            str(error)
+        except Exception:
+            raise_signalled()
+        else:
+            return {"exception": error}
+    return {"attributes": exception_attributes(error)}

@@ -10,7 +10,7 @@ from opentelemetry import baggage, context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from clients import DEADLINE, Clients, poll
+from clients import DEADLINE, Clients, poll, poll_records
 from conftest import Instrument
 from otel_kafka_python import _config, process_span
 from otel_kafka_python._attributes import header_attributes, queue_seconds
@@ -102,6 +102,25 @@ def test_of_a_batch_what_is_the_same_stands_on_the_span_and_the_rest_on_the_link
             {"value": ("1",)},
             {"value": ("22",)},
         ]
+
+
+def test_a_batch_of_tombstones_has_that_on_its_spans(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument()
+    producer = clients.producer()
+    for key in (b"1", b"2"):
+        producer.send(topic, None, key=key)
+    producer.flush()
+    with process_span(poll_records(clients.consumer(), 2)):
+        pass
+    span = recorder.one(f"process {topic}")
+    (own,) = attributes_of([span])
+    assert own["messaging.kafka.message.tombstone"] is True
+    assert attributes_of(span.links) == [
+        {"messaging.kafka.offset": 0, "messaging.kafka.message.key": "1"},
+        {"messaging.kafka.offset": 1, "messaging.kafka.message.key": "2"},
+    ]
 
 
 def test_a_failed_send_has_size_and_tombstone_too(

@@ -393,6 +393,27 @@ def test_a_deserialisers_error_is_seen_and_raised(
     assert current_name() is None
 
 
+@pytest.mark.cpython
+def test_what_a_deserialiser_does_is_in_no_messages_trace(
+    instrumented: None, clients: Clients
+) -> None:
+    seen = []
+
+    def deserialise(value: bytes) -> bytes:
+        seen.append(trace.get_current_span())
+        return value
+
+    clients.send(b"1", b"2", b"3")
+    # The later ones are fetched when the first one's body has ended.
+    consumer = clients.consumer(value_deserializer=deserialise, max_poll_records=1)
+    for record in consumer:
+        if record.offset == 2:
+            break
+    poll(clients.consumer(value_deserializer=deserialise))
+    assert len(seen) >= 4
+    assert set(seen) == {trace.INVALID_SPAN}
+
+
 class Exit(BaseException):
     """As GreenletExit is."""
 

@@ -254,6 +254,8 @@ def test_an_iteration_is_measured_by_its_polls_and_not_by_its_records(
     clients.send(b"1", b"2", b"3")
     consumer = clients.consumer(cls=Counting)
     for record in consumer:
+        # What is fetched ahead counts when it is handed over.
+        assert recorder.count(CONSUMED) == record.offset + 1
         if record.offset == 2:
             break
     polls = recorder.count(OPERATION, messaging_operation_name="poll")

@@ -66,6 +66,7 @@ def test_a_send_makes_one_span_with_all_that_is_known(
     metadata = producer.send(topic, b"value", key=b"key").get(DEADLINE)
     producer.flush()
 
+    assert recorder.names() == [f"send {topic}"]
     span = recorder.one(f"send {topic}")
     assert span.kind is SpanKind.PRODUCER
     assert span.status.status_code is StatusCode.UNSET

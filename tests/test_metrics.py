@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ PROCESS = "messaging.process.duration"
 SENT = "messaging.client.sent.messages"
 CONSUMED = "messaging.client.consumed.messages"
 MESSAGES = 100_000
+OURS = "otel_kafka_python"
 
 
 def test_a_client_names_one_server_whatever_it_does(
@@ -530,3 +532,40 @@ def test_durations_do_not_follow_a_clock_that_is_set(
         *("poll", "process", "send"),
     }
     assert all(0 < point.min <= point.max < DEADLINE for point in points)
+
+
+@pytest.mark.parametrize("frozen_at", ["start", "end"])
+def test_a_duration_is_the_same_whenever_a_test_freezes_the_time(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    frozen_at: str,
+) -> None:
+    producer = clients.producer(linger_ms=int(DEADLINE * 1000))
+    producer.partitions_for(topic)
+    with pytest.MonkeyPatch.context() as patch:
+        if frozen_at == "start":
+            freeze(patch)
+        producer.send(topic, b"1")
+    with pytest.MonkeyPatch.context() as patch:
+        if frozen_at == "end":
+            freeze(patch)
+        producer.flush()
+    span = recorder.one(f"send {topic}")
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert 0 <= span.end_time - span.start_time < DEADLINE * 10**9
+    (point,) = recorder.points(OPERATION, messaging_operation_name="send")
+    assert 0 < point.min <= point.max < DEADLINE
+
+
+def freeze(patch: pytest.MonkeyPatch) -> None:
+    """Freeze our time as freezegun does: in `time`, and in all that was imported."""
+    for name in ("time_ns", "monotonic_ns"):
+        plain = getattr(time, name)
+        patch.setattr(time, name, lambda: 10**18)
+        for module in [m for n, m in sys.modules.items() if n.startswith(OURS)]:
+            for own, value in list(vars(module).items()):
+                if value is plain:
+                    patch.setattr(module, own, getattr(time, name))

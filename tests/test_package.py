@@ -37,7 +37,7 @@ LEVELS = [
     {"_attributes"},
     {"_kafka"},
     {"_config"},
-    {"_semconv", "_safety"},
+    {"_semconv", "_safety", "_clock"},
     {"package"},
 ]
 PROCESSING = [

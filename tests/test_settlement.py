@@ -1005,7 +1005,7 @@ def test_a_commit_that_is_given_up_ends_at_that_moment(
     instrument()
     fake.call(consumer, committable(topic, 1))
     moment = time.monotonic_ns() + 10**12
-    patched.setattr(_endings, "time", SimpleNamespace(monotonic_ns=lambda: moment))
+    patched.setattr(_endings, "Clock", SimpleNamespace(monotonic_ns=lambda: moment))
     _endings.abandon_all()
     span = recorder.one(f"commit {topic}")
     assert (span.end_time or 0) - (span.start_time or 0) >= 10**12

@@ -23,6 +23,7 @@ from otel_kafka_python._attributes import (
     add_message,
     peer_attributes,
 )
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._messages import shared
 from otel_kafka_python._operation import (
     COMMIT,
@@ -362,7 +363,7 @@ class CommitWrappers:
         topic, partition = shared(offsets)
         template = telemetry.template(client, COMMIT, topic, partition)
         assert template is not None  # what is left is not excluded
-        started = time.time_ns(), time.monotonic_ns()
+        started = time.time_ns(), Clock.monotonic_ns()
         span = None
         # Many programs commit after each poll, and most polls return nothing.
         moves = given is None or bool(offsets.items() - ledger.committed.items())

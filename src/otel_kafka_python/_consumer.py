@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python._attributes import queue_seconds, queue_time_attributes
 from otel_kafka_python._clients import Client, Step
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._kafka import assigned_topics, iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
@@ -65,7 +66,7 @@ class ConsumerWrappers:
         if client is None or client.step is Step.NEXT:
             return wrapped(*args, **kwargs)
         is_inner = client.step is not None
-        started = time.time_ns(), time.monotonic_ns()
+        started = time.time_ns(), Clock.monotonic_ns()
         client.asked += 1
         try:
             polled = wrapped(*args, **kwargs)
@@ -91,7 +92,7 @@ class ConsumerWrappers:
         client = self._client_to_trace(instance)
         if client is None or client.step is not None:
             return wrapped(*args, **kwargs)
-        started = time.time_ns(), time.monotonic_ns()
+        started = time.time_ns(), Clock.monotonic_ns()
         client.asked += 1
         client.step = Step.NEXT
         try:
@@ -204,7 +205,7 @@ class ConsumerWrappers:
 
         It fetches ahead, so it accounts for no message yet.
         """
-        ended = time.monotonic_ns()
+        ended = Clock.monotonic_ns()
         client.refresh()
         traced = self._traced(client, polled)
         if not traced:
@@ -215,7 +216,7 @@ class ConsumerWrappers:
         Operation(template, None, started).end(ended=ended)
 
     def _receive_batch(self, client: Client, started: Moment, polled: Any) -> None:
-        ended = time.monotonic_ns()
+        ended = Clock.monotonic_ns()
         telemetry = self.telemetry
         traced = self._traced(client, polled)
         if not traced:
@@ -269,7 +270,7 @@ class ConsumerWrappers:
         if template is None:
             return
         if ended is None:
-            ended = time.monotonic_ns()
+            ended = Clock.monotonic_ns()
         if config.client_metrics:
             client.remember(record)
         span = None
@@ -340,7 +341,7 @@ class ConsumerIterator(ScopedIterator):
         client = self._client
         if self._wrappers.waits:
             self._wrappers.on_asked(client)
-        self._started = time.time_ns(), time.monotonic_ns()
+        self._started = time.time_ns(), Clock.monotonic_ns()
         client.asked += 1
         around, client.step = client.step, Step.ITERATION
         try:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections import deque
 from functools import partial
 from typing import Any, cast
+
+from otel_kafka_python._clock import Clock
 
 # One object per process: a forked child recognises operations of its parent by it.
 process = object()
@@ -71,7 +72,7 @@ def is_collecting() -> bool:
 
 def defer(operation: Endable) -> None:
     """Have a dropped operation abandoned later; safe in a finaliser."""
-    deferred.append((operation, time.monotonic_ns()))
+    deferred.append((operation, Clock.monotonic_ns()))
 
 
 def abandon_deferred() -> None:
@@ -91,7 +92,7 @@ def abandon_all() -> None:
         gc.unfreeze()  # the collector does not list frozen objects
     # A register of all messages in flight would cost something for each message. The
     # search among the garbage collector's objects costs nothing before the exit.
-    ended = time.monotonic_ns()
+    ended = Clock.monotonic_ns()
     for thing in gc.get_objects():
         if issubclass(type(thing), Endable):
             thing.abandon(ended)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from otel_kafka_python._attributes import (
     error_attributes,
     partition_attributes,
 )
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._endings import Endable
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import MessageCounter, Tally
@@ -250,7 +250,7 @@ class Operation(Endable):
     ) -> None:
         """End it, as `end` does; the caller has claimed it."""
         if ended is None:
-            ended = time.monotonic_ns()
+            ended = Clock.monotonic_ns()
         # The end is the start plus the elapsed time. A system clock that is set
         # meanwhile does not distort the duration.
         since_epoch, began = self.started
@@ -422,7 +422,7 @@ class PendingOperation(Operation):
 
     def __call__(self, outcome: Any) -> None:
         """Receive the result or the exception of the future, on any thread."""
-        ended = time.monotonic_ns()
+        ended = Clock.monotonic_ns()
         try:
             if isinstance(outcome, BaseException):
                 self._end_failed(outcome, ended)

@@ -28,6 +28,7 @@ from otel_kafka_python._attributes import (
     peer_attributes,
 )
 from otel_kafka_python._clients import Client
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
@@ -102,7 +103,7 @@ class Delivery(PendingOperation):
                 _kafka.when_done(future, self)
                 self._batch = None
             else:
-                self._end_failed(error, time.monotonic_ns(), was_refused=True)
+                self._end_failed(error, Clock.monotonic_ns(), was_refused=True)
         except Exception:
             # A layer below ours may return something other than a future.
             report("follow the delivery of a message")
@@ -307,7 +308,7 @@ class ProducerWrappers:
         template = telemetry.template(client, SEND, topic, partition)
         if template is None:
             return None, None, args, kwargs
-        started = time.time_ns(), time.monotonic_ns()
+        started = time.time_ns(), Clock.monotonic_ns()
         kept = None if headers is None else self._kept_context(headers, context)
         injects = kept is None and template.injects
         if not config.capture_message_key:

@@ -9,6 +9,7 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from otel_kafka_python import _kafka
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._messages import shared
 from otel_kafka_python._operation import Kind, PendingOperation
 from otel_kafka_python._safety import report
@@ -70,7 +71,7 @@ class TransactionWrappers:
             topic, partition = shared(partitions)
         template = telemetry.template(client, kind, topic, partition)
         assert template is not None  # what is left is not excluded
-        started = time.time_ns(), time.monotonic_ns()
+        started = time.time_ns(), Clock.monotonic_ns()
         span = None
         if telemetry.config.commit_spans != "none":
             span = telemetry.start_span(

@@ -18,6 +18,7 @@ from opentelemetry.trace import (
 )
 
 from otel_kafka_python._clients import Client
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._config import Config
 from otel_kafka_python._messages import (
     LazyAttributes,
@@ -162,7 +163,7 @@ def open_scope(
     template = telemetry.template(client, PROCESS, record.topic, record.partition)
     if template is None:
         return None
-    config, started = telemetry.config, (time.time_ns(), time.monotonic_ns())
+    config, started = telemetry.config, (time.time_ns(), Clock.monotonic_ns())
     around = _context_around(current)
     if not config.process_spans:
         return _open_measured(telemetry, client, template, (record,), started, around)
@@ -226,7 +227,7 @@ def open_batch_scope(
     topic, partition = shared({(each.topic, each.partition) for each in records})
     template = telemetry.template(client, PROCESS, topic, partition)
     assert template is not None  # the topic is not excluded
-    config, started = telemetry.config, (time.time_ns(), time.monotonic_ns())
+    config, started = telemetry.config, (time.time_ns(), Clock.monotonic_ns())
     around = _context_around(current)
     if not config.process_spans:
         return _open_measured(telemetry, client, template, records, started, around)

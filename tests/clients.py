@@ -35,6 +35,10 @@ BACKOFF_MS = 10
 ClusterMetadata.DEFAULT_CONFIG["retry_backoff_ms"] = BACKOFF_MS
 # What kafka-python 3.0.12 misses while it asks, it asks for again only after this.
 METADATA_MAX_AGE_MS = 1000
+# Up to 2.3, clients give a broker that is slow to answer 2 s, later ones 30 s.
+for client in (KafkaProducer, KafkaConsumer, KafkaAdminClient):
+    if "api_version_auto_timeout_ms" in client.DEFAULT_CONFIG:
+        client.DEFAULT_CONFIG["api_version_auto_timeout_ms"] = 30_000
 # kafka-python 2.0 takes 100 ms to find out what it can ask a broker.
 ASKS_NOTHING = {"api_version": (2, 5, 0)} if VERSION < (2, 1) else {}
 

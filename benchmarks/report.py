@@ -242,14 +242,14 @@ def growth(scaling: dict[str, Any]) -> Rows:
                 )
             )
     return Rows(
-        ("what grows", "to", "plain takes", "ours adds, sampled", "1 % sampled"), rows
+        ("workload", "up to", "plain takes", "ours adds, sampled", "1 % sampled"), rows
     )
 
 
 def bytes_kept(scaling: dict[str, Any]) -> Rows:
     """What the package holds on to."""
     return Rows(
-        ("of", "bytes for each", "bytes left when all are gone"),
+        ("object", "bytes for each", "bytes left when all are gone"),
         [
             (what, f"{kept['each']:,}", f"{kept['left']:,}")
             for what, kept in scaling["bytes kept"].items()
@@ -377,9 +377,9 @@ def summary(results: dict[str, Any]) -> str:
             for name, scope in (("send", "process"), ("loop", "thread"))
         )
         lines.append(
-            f"- {title}, a send adds {sent:.0f} µs of CPU time and a record in a loop"
-            f" {looped:.0f} µs. Hand-written code adds {by_hand:.0f} µs and"
-            f" {looped_by_hand:.0f} µs."
+            f"- {title}, this package adds {sent:.0f} µs of CPU time to a send and"
+            f" {looped:.0f} µs to a record in a loop. Hand-written code adds"
+            f" {by_hand:.0f} µs and {looped_by_hand:.0f} µs."
         )
     return "\n".join(fill(each, _WIDTH, subsequent_indent="  ") for each in lines)
 

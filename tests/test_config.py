@@ -207,4 +207,4 @@ def test_a_warning_is_explained_where_people_look_for_it(warning: str) -> None:
     source = "".join(inspect.getsource(module) for module in modules)
     joined = re.sub(r'"\s+"', "", source)
     assert warning in joined
-    assert warning in section("troubleshooting", "What the warnings mean")
+    assert warning in section("troubleshooting", "Warnings")

@@ -90,11 +90,12 @@ def _as_arguments(error: BaseException) -> dict[str, Any]:
     The SDK reads the attributes from the exception itself. It calls `str` on it, and
     loses the record if `str` raises.
     """
-    if _TAKES_EXCEPTIONS:
-        try:
-            str(error)
-        except Exception:
-            raise_signalled()
-        else:
-            return {"exception": error}
+    is_taken = _TAKES_EXCEPTIONS
+    try:
+        str(error)
+    except Exception:
+        raise_signalled()
+        is_taken = False
+    if is_taken:
+        return {"exception": error}
     return {"attributes": exception_attributes(error)}

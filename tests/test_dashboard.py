@@ -9,8 +9,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -219,6 +221,28 @@ def test_handed_on_is_what_waiting_and_processing_leave(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def unread(written: Any, read: Any, path: str = "") -> Iterator[str]:
+    """Where a value differs from the one that was read and written again."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        for name, value in written.items():
+            yield from unread(value, read.get(name), f"{path}.{name}")
+    elif isinstance(written, list) and isinstance(read, list):
+        for index, (one, other) in enumerate(zip_longest(written, read)):
+            yield from unread(one, other, f"{path}[{index}]")
+    elif written != read:
+        yield path
+
+
+def test_grafana_knows_each_field() -> None:
+    """Grafana's own model drops what it does not know."""
+    cog = "grafana_foundation_sdk.cog"
+    pytest.importorskip(f"{cog}.plugins").register_default_plugins()
+    encoder = pytest.importorskip(f"{cog}.encoder").JSONEncoder
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    read = encoder().encode(models.Dashboard.from_json(DASHBOARD))
+    assert list(unread(DASHBOARD, json.loads(read))) == []
 
 
 def test_the_alert_on_slow_pipelines_is_on_what_is_shown() -> None:

@@ -26,6 +26,7 @@ from conftest import Instrument
 from otel_kafka_python import (
     KafkaPythonInstrumentor,
     _endings,
+    _kafka,
     _metrics,
     process_span,
 )
@@ -161,29 +162,73 @@ def test_a_span_that_cannot_be_told_its_error_ends_when_its_future_is_dropped(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["the call", "the exit"])
+def fail_its_call(topic: str) -> Any:
+    raise ValueError(topic)
+
+
+def fail_at_once(topic: str) -> Any:
+    """As up to 2.3, where `send` returns some of its own errors."""
+    future = pending(topic)
+    future.failure(ValueError())
+    return future
+
+
+@pytest.mark.parametrize(
+    ("send", "end", "logged"),
+    [
+        (fail_its_call, None, 0),
+        (fail_at_once, None, 0),
+        (pending, lambda future: future.failure(ValueError()), 1),
+        (pending, lambda _: _endings.abandon_all(), 0),
+    ],
+    ids=["the call", "the future", "the answer", "the exit"],
+)
 def test_an_interrupt_of_a_failure_leaves_no_span_open(
     instrument: Instrument,
     clients: Clients,
     recorder: Recorder,
     topic: str,
     monkeypatch: pytest.MonkeyPatch,
-    way: str,
+    log: Log,
+    send: Any,
+    end: Any,
+    logged: int,
 ) -> None:
-    def send(*_: Any, **__: Any) -> Any:
+    def interrupted_send(*_: Any, **__: Any) -> Any:
         cast("Any", recorder.started[0]).set_attributes = Refusing(KeyboardInterrupt)
-        if way == "the call":
-            raise ValueError
-        return pending(topic)
+        return send(topic)
 
-    monkeypatch.setattr(KafkaProducer, "send", send)
+    monkeypatch.setattr(KafkaProducer, "send", interrupted_send)
     instrument()
+    producer = clients.producer()
+    kept = None
     with pytest.raises(KeyboardInterrupt):
-        kept = clients.producer().send(topic, b"value")
-        _endings.abandon_all()
-        assert not kept.is_done
+        kept = producer.send(topic, b"value")
+        end(kept)
     assert recorder.open() == []
+    assert len(log.take()) == logged
+    del kept
     KafkaPythonInstrumentor().uninstrument()
+
+
+def test_a_failure_whose_facts_cannot_be_read_ends_its_span_with_the_error(
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log: Log,
+) -> None:
+    instrument()
+    future = clients.producer().send(topic, b"value")
+    monkeypatch.setattr(_kafka, "failed_send", Refusing(ValueError))
+    future.failure(TimeoutError())
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "TimeoutError"
+    (message,) = log.take()
+    assert message.startswith("Failed to end an operation with its answer")
 
 
 @pytest.mark.cpython
@@ -197,10 +242,11 @@ def test_what_an_interrupt_left_half_made_is_dropped_in_silence(
     assert raised == []
 
 
-def test_an_answer_that_cannot_be_read_raises_nothing(
+def test_an_answer_that_cannot_be_read_ends_its_span_and_raises_nothing(
     forgetful: None,
     instrument: Instrument,
     clients: Clients,
+    recorder: Recorder,
     topic: str,
     monkeypatch: pytest.MonkeyPatch,
     log: Log,
@@ -211,7 +257,9 @@ def test_an_answer_that_cannot_be_read_raises_nothing(
     future.success(object())
     (message,) = log.take()
     assert message.startswith("Failed to end an operation with its answer")
-    _endings.abandon_all()
+    span = recorder.one(f"send {topic}")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "outcome_unknown"
 
 
 class Interrupting:
@@ -223,7 +271,12 @@ class Interrupting:
 
 
 def test_an_interrupt_in_an_answer_on_the_main_thread_is_the_applications(
-    forgetful: None, instrument: Instrument, clients: Clients, topic: str, log: Log
+    forgetful: None,
+    instrument: Instrument,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
 ) -> None:
     instrument()
     future = clients.producer().send(topic, b"value")
@@ -231,7 +284,7 @@ def test_an_interrupt_in_an_answer_on_the_main_thread_is_the_applications(
         future.success(Interrupting())
     (message,) = log.take()
     assert message.startswith("Failed to end an operation with its answer")
-    _endings.abandon_all()
+    assert recorder.open() == []
 
 
 @pytest.mark.cpython

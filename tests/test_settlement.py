@@ -1011,12 +1011,23 @@ def test_a_commit_that_is_given_up_ends_at_that_moment(
     assert (span.end_time or 0) - (span.start_time or 0) >= 10**12
 
 
-def test_an_interrupt_while_a_commit_is_given_up_leaves_no_span_open(
+@pytest.mark.parametrize(
+    ("end", "logged"),
+    [
+        (lambda answer: answer.failure(kafka.errors.KafkaTimeoutError()), 1),
+        (lambda _: _endings.abandon_all(), 0),
+    ],
+    ids=["failed", "given up"],
+)
+def test_an_interrupt_while_a_commit_fails_leaves_no_span_open(
     instrument: Instrument,
     patched: pytest.MonkeyPatch,
     clients: Clients,
     recorder: Recorder,
     topic: str,
+    log: Log,
+    end: Callable[[Future], object],
+    logged: int,
 ) -> None:
     consumer, answer = clients.consumer(group_id=topic), Future()
     fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
@@ -1025,8 +1036,9 @@ def test_an_interrupt_while_a_commit_is_given_up_leaves_no_span_open(
     (span,) = recorder.started
     patched.setattr(span, "set_attributes", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        _endings.abandon_all()
+        end(answer)
     assert recorder.open() == []
+    assert len(log.take()) == logged
 
 
 def test_a_coordinator_that_cannot_be_read_costs_the_peer_alone(

@@ -27,6 +27,7 @@ from otel_kafka_python._clock import Clock
 from otel_kafka_python._messages import shared
 from otel_kafka_python._operation import (
     COMMIT,
+    Failure,
     Moment,
     OperationTemplate,
     PendingOperation,
@@ -158,11 +159,9 @@ class Commit(PendingOperation):
     def _end_succeeded(self, result: Any, ended: int) -> None:  # noqa: ARG002 (none)
         self.end(self._peer_attributes(), ended=ended)
 
-    def _end_failed(self, error: BaseException, ended: int) -> None:
-        if self.claim():
-            self.fail(error)
-            is_answer = _kafka.is_answer(error)
-            self.end_claimed(self._peer_attributes() if is_answer else {}, ended=ended)
+    def _failure(self, error: BaseException | None, *, was_taken: bool) -> Failure:
+        is_answer = was_taken and error is not None and _kafka.is_answer(error)
+        return Failure(self._peer_attributes() if is_answer else None)
 
     def _peer_attributes(self) -> Attributes:
         try:

@@ -390,6 +390,14 @@ class Receipt(Operation):
         _defer_unended(self)
 
 
+class Failure(NamedTuple):
+    """What the end of a failed operation records besides the error."""
+
+    attributes: Attributes | None = None
+    partition: int | None = None  # if it was not known in advance
+    messages: int = 0  # how many to count
+
+
 class PendingOperation(Operation):
     """An operation that the broker's answer ends, as the callback of a future.
 
@@ -406,19 +414,9 @@ class PendingOperation(Operation):
     _without_span = Context({SPAN_KEY: INVALID_SPAN})
     ends_on_io_thread = True
 
-    def end_with(self, error: BaseException | None, ended: int | None = None) -> None:
-        """End it without an answer of the broker.
-
-        Args:
-            error: The exception of the call, whose message or request the client has
-                not taken; None if nobody will ever know the outcome.
-            ended: The end by the monotonic clock, in nanoseconds; now if None.
-        """
-        if self.claim():
-            try:
-                self.fail(error)
-            finally:  # also after an interrupt
-                self.end_claimed(self._known_attributes(), ended=ended)
+    def end_with(self, error: BaseException) -> None:
+        """End it with the exception of the call: the client has taken nothing."""
+        self._end_failed(error, Clock.monotonic_ns(), was_taken=False)
 
     def __call__(self, outcome: Any) -> None:
         """Receive the result or the exception of the future, on any thread."""
@@ -436,20 +434,49 @@ class PendingOperation(Operation):
             # interrupt of the user, who wants to end the application.
             if threading.get_ident() == threading.main_thread().ident:
                 raise
+        finally:
+            if not self.ended:  # the answer could not be read, and no other follows
+                self.abandon(ended)
 
     def _end_succeeded(self, result: Any, ended: int) -> None:
         raise NotImplementedError
 
-    def _end_failed(self, error: BaseException, ended: int) -> None:
-        raise NotImplementedError
+    def _end_failed(
+        self, error: BaseException | None, ended: int, *, was_taken: bool = True
+    ) -> None:
+        """End it as failed, even if an interrupt strikes meanwhile.
 
-    def _known_attributes(self) -> Attributes:
-        """The attributes of a span whose operation has no answer."""
-        return self.template.end_attributes
+        Args:
+            error: The exception, or None if nobody will ever know the outcome.
+            ended: The end by the monotonic clock, in nanoseconds.
+            was_taken: Whether the client accepted it before the error.
+        """
+        if not self.claim():
+            return
+        failure = Failure(self.template.end_attributes)
+        try:
+            try:
+                self.fail(error)
+            finally:
+                failure = self._failure(error, was_taken=was_taken)
+        finally:
+            attributes, partition, messages = failure
+            self.end_claimed(
+                attributes, ended=ended, partition=partition, messages=messages
+            )
+
+    def _failure(
+        self,
+        error: BaseException | None,  # noqa: ARG002 (it matters to subclasses)
+        *,
+        was_taken: bool,  # noqa: ARG002
+    ) -> Failure:
+        """The facts about its failure; the arguments are those of `_end_failed`."""
+        return Failure()
 
     def abandon(self, ended: int) -> None:
         """End it without knowing the broker's answer."""
-        self.end_with(None, ended)
+        self._end_failed(None, ended)
 
     def __del__(self) -> None:
         _defer_unended(self)

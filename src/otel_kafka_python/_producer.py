@@ -33,6 +33,7 @@ from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
+    Failure,
     Moment,
     OperationTemplate,
     PendingOperation,
@@ -103,11 +104,12 @@ class Delivery(PendingOperation):
                 _kafka.when_done(future, self)
                 self._batch = None
             else:
-                self._end_failed(error, Clock.monotonic_ns(), was_refused=True)
+                self.end_with(error)
         except Exception:
             # A layer below ours may return something other than a future.
             report("follow the delivery of a message")
-            self.end(self._known_attributes(), messages=1)
+            attributes, partition, messages = self._failure(None, was_taken=True)
+            self.end(attributes, partition=partition, messages=messages)
 
     def _end_succeeded(self, metadata: Any, ended: int) -> None:
         partition = metadata.partition
@@ -117,29 +119,17 @@ class Delivery(PendingOperation):
         attributes = add_message({**known}, offset, self._key, self._size)
         self.end(attributes, ended=ended, partition=partition, messages=1)
 
-    def _end_failed(
-        self, error: BaseException, ended: int, *, was_refused: bool = False
-    ) -> None:
-        if not self.claim():
-            return
-        self.fail(error)
+    def _failure(self, error: BaseException | None, *, was_taken: bool) -> Failure:
         partition = _kafka.partition_number(self._partition)
-        was_sent = is_answered = False
-        if not was_refused:
+        was_sent, is_answered = was_taken, False
+        if was_taken and error is not None:
             was_sent, is_answered = _kafka.failed_send(error, self._batch)
         if partition is not None and is_answered:
             known = self._answer_attributes(partition)
         else:
             known = self._partition_attributes(partition)
         attributes = add_message({**known}, None, self._key, self._size)
-        self.end_claimed(
-            attributes, ended=ended, partition=partition, messages=int(was_sent)
-        )
-
-    def _known_attributes(self) -> Attributes:
-        partition = _kafka.partition_number(self._partition)
-        known = self._partition_attributes(partition)
-        return add_message(known, None, self._key, self._size)
+        return Failure(attributes, partition, int(was_sent))
 
     def _partition_attributes(self, partition: int | None) -> Attributes:
         """The attributes of all messages to a partition."""
@@ -168,19 +158,6 @@ class Delivery(PendingOperation):
         except Exception:
             report("read the metadata of a producer")
         return known
-
-    def abandon(self, ended: int) -> None:
-        """End it without knowing whether the message arrived."""
-        if self.claim():
-            try:
-                self.fail(None)
-            finally:  # also after an interrupt
-                self.end_claimed(
-                    self._known_attributes(),
-                    ended=ended,
-                    partition=_kafka.partition_number(self._partition),
-                    messages=1,
-                )
 
 
 class _InContext:

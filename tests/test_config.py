@@ -199,7 +199,7 @@ def test_every_keyword_reaches_what_it_sets(
         "but should be",
         "process_span() takes a record, a sequence of records, or the dict that poll()",
         "the application is not affected",
-        "The end of a span delayed kafka-python by",
+        "The end of a span has delayed kafka-python by",
     ],
 )
 def test_a_warning_is_explained_where_people_look_for_it(warning: str) -> None:

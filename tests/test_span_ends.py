@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from logging import LogRecord
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,12 +36,14 @@ class Hanging(SpanExporter):
         self.goes_on = threading.Event()
         self.exported: list[str] = []
         self.threads: set[str] = set()
+        self.has_one = threading.Event()
         self.has_all = threading.Event()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.goes_on.wait(DEADLINE)
         self.threads.add(threading.current_thread().name)
         self.exported += [span.name for span in spans]
+        self.has_one.set()
         if len(self.exported) == MESSAGES:
             self.has_all.set()
         return SpanExportResult.SUCCESS
@@ -79,6 +82,21 @@ def test_a_span_that_no_answer_ends_is_exported_at_once(
         pass
     assert exporter.exported == [f"process {topic}"]
     assert exporter.threads == {threading.current_thread().name}
+
+
+def test_if_no_thread_can_start_as_at_the_exit_a_span_is_exported_at_once(
+    exporter: Hanging, clients: Clients, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError
+
+    exporter.goes_on.set()
+    monkeypatch.setattr(_span_ends, "_ender", None)
+    producer = clients.producer()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    producer.send(topic, b"value").get(DEADLINE)
+    assert exporter.has_one.wait(DEADLINE)
+    assert exporter.exported == [f"send {topic}"]
 
 
 def test_a_span_that_ends_after_the_exit_handler_is_exported_at_once(
@@ -190,6 +208,46 @@ class Slow(SpanProcessor):
         return self.now
 
 
+class Blocking(SpanProcessor):
+    """Does not return until a warning tells, or the test gives up."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+        self.was_told: list[bool] = []
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.was_told.append(self.goes_on.wait(DEADLINE))
+
+
+@pytest.mark.two_clients
+def test_a_processor_that_never_returns_is_told_while_it_blocks(
+    instrument: Instrument,
+    clients: Clients,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor = Blocking()
+    plain = log.emit
+
+    def emit(record: LogRecord) -> None:
+        plain(record)
+        processor.goes_on.set()
+
+    monkeypatch.setattr(log, "emit", emit)
+    monkeypatch.setattr(_span_ends, "_watch", _span_ends._Watch)
+    monkeypatch.setattr(_span_ends, "_LONGEST_END", 10**7)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    instrument(tracer_provider=provider)
+    producer = clients.producer()
+    producer.send(topic, b"value")
+    producer.close()  # and its thread
+    assert processor.was_told == [True]
+    (message,) = log.take()
+    assert message.startswith("The end of a span has delayed kafka-python by")
+
+
 @pytest.mark.two_clients
 @pytest.mark.parametrize(("seconds", "warnings"), [(0.9, 0), (1.5, 1)])
 def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_once(
@@ -202,7 +260,7 @@ def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_on
     warnings: int,
 ) -> None:
     processor = Slow(seconds)
-    monkeypatch.setattr(_span_ends, "time", processor)
+    monkeypatch.setattr(_span_ends, "Clock", processor)
     monkeypatch.setattr(_span_ends, "_LONGEST_END", 10**9)
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(processor)
@@ -215,7 +273,7 @@ def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_on
     assert len(logged) == warnings
     for message in logged:
         assert message.startswith(
-            "The end of a span delayed kafka-python by 1.5 seconds"
+            "The end of a span has delayed kafka-python by 1.5 seconds"
         )
         assert "BatchSpanProcessor" in message
         assert "'The end of spans' on the page 'Limits'" in message

@@ -3,7 +3,7 @@
 kafka-python calls back with the answers on its I/O thread. If a span processor exports
 each span as it ends and waits for a collector that hangs, it delays all messages of the
 producer until they expire. Such spans end on a thread of this package. If a custom
-processor blocks, a warning says so.
+processor blocks, a warning says so, even if the processor never returns.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from opentelemetry.trace import Span
 
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._safety import is_new, logger, report
 
 # How long a custom processor may delay other answers, in nanoseconds.
@@ -33,11 +35,9 @@ class _Ender:
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[Span, int]] = queue.Queue(_MOST_WAITING)
-        self._takes_more = True
+        self._takes_more = _start("otel-kafka-python-span-ends", self._run)
         # This handler is newer than the provider's, so it runs first.
         atexit.register(self._stop)
-        name = "otel-kafka-python-span-ends"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end(self, span: Span, ended: int) -> None:
         """End a span soon, in the order of the calls."""
@@ -64,10 +64,43 @@ class _Ender:
         self._takes_more = False
 
 
+class _Watch:
+    """The thread that warns while a custom processor does not return.
+
+    It wakes at most once a second, and only if spans end.
+    """
+
+    def __init__(self) -> None:
+        # The spans that custom processors have now, and since when.
+        self.begun: dict[Span, int] = {}
+        # Whether it sleeps until it is woken, which costs more than this look.
+        self.sleeps = False
+        self.woken = threading.Event()
+        _start("otel-kafka-python-watch", self._run)
+
+    def _run(self) -> None:
+        while True:
+            # An end that begins between these lines sees that this sleeps, or is seen.
+            self.sleeps = True
+            if not self.begun:
+                self.woken.wait()
+            self.woken.clear()
+            self.sleeps = False
+            time.sleep(_LONGEST_END / 1e9)
+            began = min(self.begun.copy().values(), default=None)
+            if began is None:
+                continue
+            elapsed = Clock.monotonic_ns() - began
+            if elapsed > _LONGEST_END:
+                _warn_of_delay(elapsed)
+                return
+
+
+_watch = cache(_Watch)
 _ender: _Ender | None = None
 _lock = threading.Lock()
-# The processors of the last span; does one export at once, and is one custom?
-_known: tuple[object, bool, bool] = (None, False, False)
+# The processors of the last span; does one export at once? The watch if one is custom.
+_known: tuple[object, bool, _Watch | None] = (None, False, None)
 
 
 def end_span(span: Span, ended: int) -> None:
@@ -87,18 +120,27 @@ def end_span(span: Span, ended: int) -> None:
     # Adding a processor replaces the tuple.
     if known[0] is not own._span_processors:
         parts = [*_parts(own)]
-        exports, custom = any(map(_exports_at_once, parts)), any(map(_is_custom, parts))
-        known = _known = own._span_processors, exports, custom
+        exports = any(map(_exports_at_once, parts))
+        watch = _watch() if any(map(_is_custom, parts)) else None
+        known = _known = own._span_processors, exports, watch
     if known[1]:
         _running().end(span, ended)
-    elif known[2]:
-        before = time.monotonic_ns()
+        return
+    watch = known[2]
+    if watch is None:
         span.end(ended)
-        elapsed = time.monotonic_ns() - before
-        if elapsed > _LONGEST_END:
-            _warn_of_delay(elapsed)
-    else:
+        return
+    began = Clock.monotonic_ns()
+    watch.begun[span] = began
+    if watch.sleeps:
+        watch.woken.set()
+    try:
         span.end(ended)
+    finally:
+        del watch.begun[span]
+    elapsed = Clock.monotonic_ns() - began
+    if elapsed > _LONGEST_END:
+        _warn_of_delay(elapsed)
 
 
 def _parts(processor: Any) -> Iterator[Any]:
@@ -126,19 +168,28 @@ def _is_custom(part: Any) -> bool:
 
 
 def _warn_of_delay(elapsed: int) -> None:
-    """Warn, once, that the end of a span has delayed other answers.
+    """Warn, once, that the end of a span delays other answers.
 
     Args:
-        elapsed: How long it took, in nanoseconds.
+        elapsed: How long it has taken until now, in nanoseconds.
     """
     if is_new("a delay of answers"):
         logger.warning(
-            "The end of a span delayed kafka-python by %.1f seconds, and messages may "
-            "expire meanwhile; export with a BatchSpanProcessor, and let a custom span "
-            "processor do slow work on another thread (see 'The end of spans' on the "
-            "page 'Limits' of the documentation)",
+            "The end of a span has delayed kafka-python by %.1f seconds, and messages "
+            "may expire meanwhile; export with a BatchSpanProcessor, and let a custom "
+            "span processor do slow work on another thread (see 'The end of spans' on "
+            "the page 'Limits' of the documentation)",
             elapsed / 1e9,
         )
+
+
+def _start(name: str, run: Callable[[], None]) -> bool:
+    """Start a thread, and return whether that was possible: at exit, it may not be."""
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _running() -> _Ender:
@@ -150,7 +201,9 @@ def _running() -> _Ender:
 
 
 def _after_fork_in_child() -> None:
-    global _ender, _lock  # noqa: PLW0603 (the thread is the parent's)
+    global _ender, _known, _lock  # noqa: PLW0603 (the threads are the parent's)
+    _watch.cache_clear()
+    _known = (None, False, None)
     _ender = None
     _lock = threading.Lock()
 

@@ -46,7 +46,10 @@ KNOWN = ROOT / "tests" / "mutants.json"
 # The tests that belong to each module.
 TESTS = {
     "_propagation": ("headers", "send", "pipeline_latency", "captures", "bad_input"),
-    "_processing/scopes": ("scopes", "next", "process_span", "lifecycle", "headers"),
+    "_processing/scopes": (
+        *("scopes", "next", "process_span", "lifecycle", "headers", "send"),
+        *("consume", "loop_failures"),
+    ),
     "_processing/spans": (
         *("scopes", "process_span", "consume", "pipeline_latency", "next", "settings"),
         *("captures", "headers"),

@@ -27,7 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from clients import DEADLINE, VERSION, Clients, poll_records, sends_large
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor
+from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from otel_kafka_python._propagation import (
     _GETTER,
     EMPTY,
@@ -380,6 +380,20 @@ def test_forwarded_headers_give_way_to_the_forwarding_service(
     assert parents == [
         span.context and span.context.span_id for span in (first, process, work)
     ]
+
+
+def test_a_record_gives_way_also_while_another_is_processed_within_it(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    outer, inner = poll_records(clients.consumer(), 2)
+    to = Clients(clients.address, f"{topic}-next")
+    with process_span(outer), process_span(inner):
+        headers = sent_headers(to, b"value", headers=outer.headers)
+    to.close()
+    send = recorder.one(f"send {topic}-next")
+    assert headers == [traceparent(send)]
+    assert send.kind is SpanKind.PRODUCER
 
 
 def test_forwarded_outside_of_any_process_span_a_record_keeps_its_context(

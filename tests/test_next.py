@@ -23,7 +23,7 @@ from collector import collect
 from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, process_span
 from otel_kafka_python._processing import iterators
-from otel_kafka_python._processing.scopes import Scope
+from otel_kafka_python._processing.scopes import Scope, innermost
 from recorder import Log, Recorder
 from scripts import run
 
@@ -364,6 +364,44 @@ def test_process_span_adopts_the_span_of_a_record_though_another_is_held(
     of_first, of_second = recorder.named(f"process {topic}")
     assert len(of_first.events) == 2
     assert of_second.events == ()
+
+
+def test_in_a_copied_context_a_record_that_is_no_longer_held_is_processed_again(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    other = clients.consumer()
+    first = next(consumer)
+    next(other)
+    with process_span(first) as held:
+        copied = contextvars.copy_context()
+
+    def process() -> None:
+        with process_span(first) as span:
+            assert span is held
+            scope = innermost.get()
+            assert scope is not None
+            # No search for another record goes round in circles.
+            assert scope._below is not scope
+
+    copied.run(process)
+    consumer.close()
+    other.close()
+    assert len(recorder.named(f"process {topic}")) == 2
+
+
+def test_a_span_that_the_application_left_current_stays_though_it_has_ended(
+    consumer: Any, recorder: Recorder
+) -> None:
+    """No block bounds the processing of a record, so it may be around the next one."""
+    next(consumer)
+    span = recorder.tracer.start_span("work")
+    token = context.attach(trace.set_span_in_context(span))
+    span.end()
+    next(consumer)
+    consumer.close()
+    assert trace.get_current_span() is span
+    context.detach(token)
+    assert current() is None
 
 
 ENQUEUE = """

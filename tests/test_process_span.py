@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections import deque
 from collections.abc import Generator
@@ -76,6 +77,23 @@ def test_in_a_loop_it_adopts_the_loops_span(
     assert recorder.count("messaging.process.duration") == 2
 
 
+@pytest.mark.cpython
+def test_in_an_inner_loop_it_adopts_the_outer_loops_span(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1", b"2")
+    inner = clients.consumer()
+    next(inner)
+    for outer in clients.consumer():
+        around = trace.get_current_span()
+        for _ in inner:
+            with process_span(outer) as span:
+                assert span is around
+            break
+        break
+    assert len(recorder.named(f"process {topic}")) == 2
+
+
 def test_in_a_loop_the_exception_is_recorded_on_the_loops_span(
     instrumented: None, clients: Clients, recorder: Recorder, topic: str
 ) -> None:
@@ -128,6 +146,22 @@ def test_the_exception_of_each_attempt_is_recorded_once(
     if cached:
         expected[1] = "RefusedError"
     assert [str(name).rpartition(".")[2] for name in recorded] == expected
+
+
+@pytest.mark.cpython
+def test_each_attempt_in_a_handler_of_another_exception_is_recorded(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    clients.send(b"1")
+    always = RefusedError("no")
+    for record in clients.finite(1):
+        try:
+            raise KeyError
+        except KeyError:
+            for _ in range(2):
+                with suppress(RefusedError), process_span(record):
+                    raise always from None
+    assert len(recorder.one(f"process {topic}").events) == 2
 
 
 def test_in_a_loop_over_a_polled_batch_it_adopts_too(
@@ -294,6 +328,26 @@ def test_a_batch_of_one_has_no_messages_parent_either_nor_its_baggage(
     (attributes,) = attributes_of([span])
     assert attributes["messaging.batch.message_count"] == 1
     assert attributes["messaging.kafka.offset"] == 0
+
+
+@pytest.mark.cpython
+def test_a_batch_accounts_for_its_records_only_and_until_its_end(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    (records,) = batch_of(clients, 3).values()
+    with process_span(records[:2]) as batch:
+        with process_span(records[0]) as span:
+            assert span is batch
+        with process_span(records[2]) as span:
+            assert span is not batch
+        copied = contextvars.copy_context()
+
+    def loop() -> None:
+        for _ in records:
+            pass
+
+    copied.run(loop)
+    assert len(recorder.named(f"process {topic}")) == 2 + len(records)
 
 
 def test_a_batch_that_fails_says_so(
@@ -596,13 +650,16 @@ def test_in_another_task_it_adopts_nothing(
 
 
 def test_without_process_spans_it_measures_a_loops_record_once(
-    instrument: Instrument, clients: Clients, recorder: Recorder
+    instrument: Instrument, clients: Clients, recorder: Recorder, log: Log
 ) -> None:
     instrument(process_spans=False)
     clients.send(b"1")
+    before = context.get_current()
     for record in clients.finite(1):
         with pytest.raises(RefusedError), process_span(record):
+            assert context.get_current() is before
             raise RefusedError
+    assert log.take() == []
     duration = "messaging.process.duration"
     assert recorder.count(duration) == 1
     assert recorder.count(duration, error_type="RefusedError") == 1

@@ -1097,6 +1097,83 @@ def test_a_task_that_began_in_a_body_keeps_its_span(
     assert recorder.one("work").parent == process.context
 
 
+@pytest.mark.skipif(
+    getattr(sys.flags, "thread_inherit_context", False),
+    reason="threads that inherit contexts cannot be told from those that carry one",
+)
+def test_a_pool_that_carries_a_context_of_a_body_keeps_its_span(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    for _ in produced.finite(1):
+        carried = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(carried.run, produced.send, b"later").result()
+    process = recorder.one(f"process {topic}")
+    parent = recorder.named(f"send {topic}")[-1].parent
+    assert parent == process.context
+
+
+def test_what_a_later_loop_detaches_brings_back_no_span_of_an_earlier_one(
+    produced: Clients, instrumented: None
+) -> None:
+    def consume() -> None:
+        for _ in produced.finite(1):
+            token = context.attach(context.set_value("tenant", "7"))
+        for _ in produced.finite(1):
+            context.detach(token)
+            assert trace.get_current_span() is trace.INVALID_SPAN
+
+    contextvars.copy_context().run(consume)
+
+
+def test_scopes_that_ended_elsewhere_are_undone_with_the_one_within_them(
+    produced: Clients, instrumented: None
+) -> None:
+    kept = [iter(produced.consumer()), iter(produced.consumer())]
+    for iterator in kept:
+        for _ in iterator:
+            break
+    del iterator
+    for _ in produced.consumer():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: [next(each) for each in kept]).result()
+        assert trace.get_current_span().is_recording()
+        break
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_a_value_that_the_body_has_changed_stays_changed(
+    produced: Clients, instrumented: None
+) -> None:
+    def consume() -> None:
+        key = context.create_key("tenant")
+        context.attach(context.set_value(key, "7"))
+        for _ in produced.finite(1):
+            context.attach(context.set_value(key, "8"))
+        assert context.get_current() == {key: "8"}
+
+    contextvars.copy_context().run(consume)
+
+
+def test_a_body_that_attaches_no_value_leaves_the_very_context_around_it(
+    produced: Clients, instrumented: None
+) -> None:
+    before = context.get_current()
+    for _ in produced.finite(1):
+        context.attach(trace.set_span_in_context(trace.INVALID_SPAN))
+    assert context.get_current() is before
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_a_context_that_the_body_has_kept_keeps_its_span(
+    produced: Clients, instrumented: None, loops: int
+) -> None:
+    for _ in zip(*(produced.finite(1) for _ in range(loops)), strict=False):
+        kept, span = context.get_current(), trace.get_current_span()
+    assert not span.is_recording()
+    assert trace.get_current_span(kept) is span
+
+
 def test_limit_an_inner_loop_that_moves_the_outer_on_has_no_current_span(
     produced: Clients, instrumented: None, recorder: Recorder
 ) -> None:

@@ -100,7 +100,7 @@ class ScopeMessages:
         self, records: Sequence[Record], links: Sequence[Link], context: Context
     ) -> None:
         self.records = records
-        self.outer: Any = context.get(_MESSAGES_KEY) if context else None
+        self.outer: Any = context.get(_MESSAGES_KEY)
         self._links = links
         self._created: frozenset[tuple[int, int]] | None = None
 
@@ -135,6 +135,12 @@ class Scope(Operation):
         "messages",
     )
 
+    # The contexts around it and in it, and the token that restores the former. There
+    # are none if it has no span.
+    _around: Context | None
+    _attached: Context | None
+    _token: Token[Context] | None
+
     def enter(self, messages: ScopeMessages, around: Context, context: Context) -> None:
         """Begin, until `leave`.
 
@@ -145,13 +151,11 @@ class Scope(Operation):
                 messages. If it has no span, nothing is made current.
         """
         self._entered = self.is_bounded = True
-        self._thread = threading.get_ident() if THREADS_INHERIT else None
+        self._thread = threading.get_ident()
         self.messages = messages
         self._ids: frozenset[int] | None = None
         self._failed_with: dict[str, Any] | None = None
-        self._around: Context | None = None
-        self._attached: Context | None = None
-        self._token: Token[Context] | None = None
+        self._around = self._attached = self._token = None
         below = innermost.get(None)
         while below is not None and below._marker is None:
             below = below._below
@@ -184,8 +188,8 @@ class Scope(Operation):
                 later.append(scope)
                 scope = scope._below
             # Scopes that were entered later (other consumers' in a `zip`) end, too.
-            if self.undo(later) and self._below is not None:
-                undo_left()
+            self.undo(later)
+            undo_left()
         except Exception:
             report("restore the context after a process span")
 

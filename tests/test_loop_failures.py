@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -121,16 +122,22 @@ def test_an_exception_that_ends_a_loop_is_its_spans(
     check_failed(recorder, topic, raised.value)
 
 
+@pytest.mark.parametrize("tried", [False, True])
 def test_an_old_exception_that_is_raised_again_is_an_error_like_any_other(
-    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str, tried: bool
 ) -> None:
     """It is not among the youngest objects: the scan is of these alone."""
     clients.send(b"1")
+    done: Future[None] = Future()
     error = Failed("old")
+    if tried:
+        with suppress(Failed):
+            raise error
+    done.set_exception(error)
     gc.collect()
     with pytest.raises(Failed) as raised:
         for _ in clients.consumer():
-            raise error
+            done.result()
     assert raised.value is error
     span = recorder.one(f"process {topic}")
     assert span.attributes is not None
@@ -375,6 +382,11 @@ def leave_by_closing_a_generator(clients: Clients) -> None:
     generator.close()
 
 
+def leave_a_tidy_generator(clients: Clients) -> None:
+    for _ in tidy(clients):
+        break
+
+
 def leave_a_variable(clients: Clients) -> None:
     iterator = iter(clients.consumer())
     with suppress(ValueError):
@@ -402,11 +414,78 @@ def leave_in_another_function(clients: Clients) -> None:
         lose()
 
 
+def grow_old() -> None:
+    """Let an exception wait until it is not among the youngest objects any more."""
+    gc.collect()
+    gc.collect(0)
+
+
+def leave_by_old_exit(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            sys.exit(3)
+        finally:
+            grow_old()
+
+
+def leave_by_old_exit_of_a_call(clients: Clients) -> None:
+    for _ in clients.consumer():
+        leave_by_old_exit_at_once()
+
+
+def leave_by_old_exit_at_once() -> None:
+    try:
+        sys.exit(3)
+    finally:
+        grow_old()
+
+
+def leave_by_old_exit_that_is_raised_again(clients: Clients) -> None:
+    for _ in clients.consumer():
+        try:
+            sys.exit(3)
+        except SystemExit as error:
+            grow_old()
+            raise error  # noqa: TRY201 (that is what is tested)
+
+
+def leave_by_old_cancellation(clients: Clients) -> None:
+    async def loop() -> None:
+        for _ in clients.consumer():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                grow_old()
+
+    async def run() -> None:
+        task = asyncio.create_task(loop())
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    asyncio.run(run())
+
+
+def leave_a_generator_that_takes_long_to_close(clients: Clients) -> None:
+    def slow() -> Iterator[Any]:
+        for record in clients.consumer():
+            try:
+                yield record
+            finally:
+                grow_old()
+
+    for _ in slow():
+        break
+
+
 LEAVINGS = [
     leave_by_break, leave_by_return, leave_by_end, leave_by_time_out, leave_by_close,
     leave_by_system_exit, leave_by_raised_system_exit, leave_by_interrupt,
     leave_by_cancellation, leave_by_closing_a_coroutine, leave_by_closing_a_generator,
     leave_a_variable, leave_a_cleared_container, leave_in_another_function,
+    leave_by_old_exit, leave_by_old_exit_of_a_call,
+    leave_by_old_exit_that_is_raised_again, leave_by_old_cancellation,
+    leave_a_generator_that_takes_long_to_close,
 ]  # fmt: skip
 
 
@@ -426,10 +505,29 @@ def test_what_is_no_failure_of_the_body_is_no_error(
     check_not_failed(recorder, topic)
 
 
+@pytest.mark.parametrize(
+    "leave",
+    [leave_by_closing_a_generator, leave_by_old_cancellation, leave_a_tidy_generator],
+)
+def test_where_nothing_is_searched_what_is_thrown_in_is_no_error(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    leave: Callable[[Clients], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loops, "_is_searchable", lambda: False)
+    clients.send(b"1")
+    with suppress(asyncio.CancelledError):
+        leave(clients)
+    check_not_failed(recorder, topic)
+
+
 def test_where_collections_are_rare_older_objects_are_not_searched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    younger = loops._Traces([], [])
+    younger = loops._Traces([], [], set())
     monkeypatch.setattr(gc, "get_count", lambda: (0, 100, 0))
     assert loops._search_older(sys._getframe(), younger) is younger
 

@@ -49,7 +49,6 @@ _LOOP_ENDS = frozenset(
 _QUIET = frozenset({"FOR_ITER", "POP_ITER", "POP_TOP", "END_FOR"})
 # These raise an exception again, mostly without a new entry in its traceback.
 _RERAISES = frozenset({"RERAISE", "CLEANUP_THROW", "END_ASYNC_FOR"})
-_RAISES = _RERAISES | {"RAISE_VARARGS"}
 # The first two drop an iterator that is in a variable. An interrupt may be raised at a
 # jump.
 _DROPS = ("STORE", "DELETE", "JUMP")
@@ -57,6 +56,8 @@ _DROPS = ("STORE", "DELETE", "JUMP")
 # raised at them. On 3.10, one that waits for another is at the LOAD_CONST before its
 # YIELD_FROM.
 _WAITS = _YIELDS | {"RESUME", "JUMP_BACKWARD_NO_INTERRUPT", "LOAD_CONST"}
+# Into what waits, exceptions can be thrown.
+_CAN_WAIT = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 # The search is skipped if there are more young objects: all objects are young if the
 # garbage collector is disabled.
 _MOST_YOUNG = 25_000
@@ -270,13 +271,13 @@ def failure(
     if asker is Asker.GENERATOR:
         # If the loop over a generator ends, the generator is closed first.
         while frame is not None and _may_be_closing(frame):
-            found = _failure_in(frame, stops)
+            found = _failure_in(frame, asked_in, stops)
             if found is not None:
                 return found
             frame = frame.f_back
     elif frame is not None and frame.f_code is not asked_in:
         return None
-    return None if frame is None else _failure_in(frame, stops)
+    return None if frame is None else _failure_in(frame, asked_in, stops)
 
 
 def references_to_stops() -> int:
@@ -316,40 +317,53 @@ def _opname(code: CodeType, offset: int) -> str:
     return "RERAISE" if is_bare else name
 
 
-def _failure_in(frame: FrameType, stops: int) -> Failure | None:
+def _failure_in(
+    frame: FrameType, asked_in: CodeType | None, stops: int
+) -> Failure | None:
     """Find out whether an exception is leaving a frame, or a block of it."""
     opname = _opname(frame.f_code, frame.f_lasti)
-    if opname in _QUIET:
+    if opname in _QUIET or references_to_stops() > stops:
         return None
-    traces = _Traces([], [])
-    fitting: list[BaseException] = []
+    if not _is_searchable():
+        is_asking = frame.f_code is asked_in
+        return Failure(None) if _is_raised(frame, opname, is_asking) else None
     names = _trial().names
-    if _is_searchable():
-        traces = _search(frame, 0)
-        if not (_fitting(traces, frame, opname) if names else traces.entries):
-            traces = _search_older(frame, traces)
-        fitting = _fitting(traces, frame, opname)
-        # Without a trace: a collection may have just made those of a clean stop older.
-        is_raised = bool(traces.entries or fitting) or (
-            opname in _RAISES and gc.get_count()[1] > 0
-        )
-    else:
-        is_raised = opname not in _WAITS and not opname.startswith(_DROPS)
+    traces = _search(frame, 0)
+    if not (_fitting(traces, frame, opname) if names else traces.entries):
+        traces = _search_older(frame, traces)
+    fitting = _fitting(traces, frame, opname)
     is_told = len(fitting) == 1 and (names or opname in _RERAISES)
     if is_told or (names and fitting):
-        might_be = fitting
+        is_failure = all(isinstance(error, Exception) for error in fitting)
     else:
-        # A closed generator leaves a GeneratorExit behind.
-        might_be = [e for e in traces.exceptions if type(e) is not GeneratorExit]
-    if (
-        not is_raised
-        or not all(isinstance(error, Exception) for error in might_be)
-        or references_to_stops() > stops
-        or (not is_told and traces.entries and _is_thrown_in(traces.entries[-1]))
-    ):
+        is_failure = _is_other_failure(traces, fitting)
+    if not is_failure:
         return None
-    error = might_be[0] if is_told and names else None
+    error = fitting[0] if is_told and names else None
     return Failure(error if isinstance(error, Exception) else None)
+
+
+def _is_raised(frame: FrameType, opname: str, is_asking: bool) -> bool:
+    """Whether an instruction raises an exception, without a search for it."""
+    if opname in _RERAISES:
+        # It may be the one that closes a generator or cancels a task.
+        return not frame.f_code.co_flags & _CAN_WAIT
+    if opname.startswith("CALL") and not is_asking:
+        return False  # it may be the `close` of a generator
+    return opname not in _WAITS and not opname.startswith(_DROPS)
+
+
+def _is_other_failure(traces: _Traces, fitting: list[BaseException]) -> bool:
+    """Whether an exception that is not identified is a failure without doubt."""
+    # A closed generator leaves a GeneratorExit behind.
+    if not all(isinstance(e, Exception | GeneratorExit) for e in traces.exceptions):
+        return False
+    if not traces.entries:
+        return bool(fitting)
+    entry = traces.entries[-1]
+    return not _is_thrown_in(entry) and (
+        not _trial().names or _is_raised_again(entry, traces.tracebacks)
+    )
 
 
 class _Traces(NamedTuple):
@@ -358,10 +372,12 @@ class _Traces(NamedTuple):
     Args:
         entries: The traceback entries of a frame's last instruction.
         exceptions: All exceptions.
+        tracebacks: The ids of all traceback entries.
     """
 
     entries: list[TracebackType]
     exceptions: list[BaseException]
+    tracebacks: set[int]
 
 
 def _fitting(traces: _Traces, frame: FrameType, opname: str) -> list[BaseException]:
@@ -384,7 +400,9 @@ def _search_older(frame: FrameType, younger: _Traces) -> _Traces:
         return younger
     older = _search(frame, 1)
     return _Traces(
-        older.entries + younger.entries, older.exceptions + younger.exceptions
+        older.entries + younger.entries,
+        older.exceptions + younger.exceptions,
+        older.tracebacks | younger.tracebacks,
     )
 
 
@@ -392,15 +410,17 @@ def _search(frame: FrameType, generation: int) -> _Traces:
     offset = frame.f_lasti
     entries: list[TracebackType] = []
     exceptions: list[BaseException] = []
+    tracebacks: set[int] = set()
     for each in gc.get_objects(generation):
         # Not `isinstance`, which calls `__class__` of proxies.
         kind = type(each)
         if kind is TracebackType:
+            tracebacks.add(id(each))
             if each.tb_frame is frame and each.tb_lasti == offset:
                 entries.append(each)
         elif issubclass(kind, BaseException):
             exceptions.append(each)
-    return _Traces(entries, exceptions)
+    return _Traces(entries, exceptions, tracebacks)
 
 
 def _is_thrown_in(traceback: TracebackType) -> bool:
@@ -412,6 +432,24 @@ def _is_thrown_in(traceback: TracebackType) -> bool:
         traceback = traceback.tb_next
     code = traceback.tb_frame.f_code
     return _opname(code, traceback.tb_lasti) in _WAITS
+
+
+def _is_raised_again(traceback: TracebackType, young: set[int]) -> bool:
+    """Whether a `raise` statement has just raised an exception that is old.
+
+    Otherwise, the exception grew old while a `finally` or `with` block or an `except`
+    was done with it, and it may be one that stops the program.
+
+    Args:
+        traceback: The outermost entry of its traceback.
+        young: The ids of young traceback entries.
+    """
+    while traceback.tb_next is not None and id(traceback.tb_next) in young:
+        traceback = traceback.tb_next
+    frame, older = traceback.tb_frame, traceback.tb_next
+    return _opname(frame.f_code, traceback.tb_lasti) == "RAISE_VARARGS" and (
+        older is None or older.tb_frame is not frame
+    )
 
 
 def _is_searchable() -> bool:

@@ -404,6 +404,43 @@ def test_a_span_that_the_application_left_current_stays_though_it_has_ended(
     assert current() is None
 
 
+def test_the_scope_of_a_loop_stays_when_another_consumer_is_asked_for_more(
+    consumer: Any, clients: Clients
+) -> None:
+    other = clients.consumer()
+    for _ in consumer:
+        span = trace.get_current_span()
+        poll(other)
+        assert trace.get_current_span() is span
+        break
+
+
+def test_each_of_several_consumers_records_is_processed_until_its_own_next(
+    consumer: Any, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    def scopes() -> set[int]:
+        return {id(each) for each in gc.get_objects() if issubclass(type(each), Scope)}
+
+    consumers = [consumer, clients.consumer(), clients.consumer()]
+    before = scopes()
+    for expected in range(3):
+        spans = []
+        records = []
+        for each in consumers:
+            records.append(next(each))
+            spans.append(trace.get_current_span())
+        for record, held in zip(records, spans, strict=True):
+            assert record.offset == expected
+            with process_span(record) as span:
+                assert span is held
+    del span, held
+    # One that is over may stay until another one is left.
+    assert len(scopes() - before) <= len(consumers) + 1
+    for each in consumers:
+        each.close()
+    assert len(recorder.named(f"process {topic}")) == 9
+
+
 ENQUEUE = """
     import sys
     from kafka import KafkaProducer

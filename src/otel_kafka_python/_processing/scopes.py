@@ -384,7 +384,7 @@ def displace_held() -> None:
 
 def displaced_scope_of(record: Record) -> Scope | None:
     """The scope that accounts for a record and was displaced in this context."""
-    found = (each for each in _displaced.get() if not each.ended and each.holds(record))
+    found = (each for each in _displaced.get() if each.holds(record))
     return next(found, None)
 
 
@@ -396,10 +396,7 @@ def context_around_held(context: Context) -> Context:
     """
     scope = innermost.get(None)
     while scope is not None and not scope.is_bounded and scope._around is not None:
-        if context is scope._attached:
-            context = scope._around
-        else:
-            context = scope._without([scope], context, scope._around)
+        context = scope._without([scope], context, scope._around)
         scope = scope._below
     return context
 

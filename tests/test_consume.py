@@ -28,6 +28,7 @@ from otel_kafka_python import (
 )
 from otel_kafka_python._config import load
 from otel_kafka_python._processing import spans
+from pages import section
 from recorder import Log, Recorder, attributes_of
 
 
@@ -508,6 +509,17 @@ def test_an_iteration_that_begins_after_uninstrument_is_the_consumers_own(
     iterate = consumer.__iter__
     KafkaPythonInstrumentor().uninstrument()
     assert iterate() is consumer
+
+
+def test_limit_the_iterator_is_no_consumer_and_takes_no_attributes(
+    instrumented: None, clients: Clients
+) -> None:
+    consumer = clients.consumer()
+    iterator: Any = iter(consumer)
+    assert not isinstance(iterator, KafkaConsumer)
+    with pytest.raises(AttributeError):
+        iterator.name = "orders"
+    assert "not an instance of `KafkaConsumer`" in section("limits", "Loops")
 
 
 def test_the_iterator_of_a_consumer_copies_as_the_consumer_does(

@@ -151,7 +151,7 @@ class Scope(Operation):
                 messages. If it has no span, nothing is made current.
         """
         self._entered = self.is_bounded = True
-        self._thread = threading.get_ident()
+        self._thread = threading.get_ident() if THREADS_INHERIT else None
         self.messages = messages
         self._ids: frozenset[int] | None = None
         self._failed_with: dict[str, Any] | None = None
@@ -188,8 +188,8 @@ class Scope(Operation):
                 later.append(scope)
                 scope = scope._below
             # Scopes that were entered later (other consumers' in a `zip`) end, too.
-            self.undo(later)
-            undo_left()
+            if self.undo(later) and self._below is not None:
+                undo_left()
         except Exception:
             report("restore the context after a process span")
 

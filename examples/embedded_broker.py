@@ -28,7 +28,7 @@ POLL_INTERVAL = 0.01
 
 
 def die_with_parent() -> None:
-    """In a child on Linux: be stopped when the parent is, however that ends."""
+    """In a child on Linux: stop when the parent ends, however it ends."""
     pr_set_pdeathsig = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -38,9 +38,9 @@ class EmbeddedBroker:
     """A broker that is a context manager; `address` is its "host:port".
 
     Args:
-        data: Where it keeps its data; a temporary directory if None. What one
-            broker has left there another goes on with.
-        port: The port, or 0 for one that is free.
+        data: The directory of its data, or None for a temporary one. A broker
+            continues with the data of an earlier one.
+        port: The port, or 0 for a free one.
     """
 
     def __init__(self, data: Path | None = None, port: int = 0) -> None:

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 
 def stop(*_: object) -> None:
-    """End the demo on Ctrl-C, once: all that was started is then stopped in peace."""
+    """End the demo on Ctrl-C. A second Ctrl-C does not disturb the clean-up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("The demo was stopped.", file=sys.stderr)
     sys.exit(130)
@@ -63,7 +63,7 @@ def service(
     *options: str,
     **environ: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a service, and have it stop when the demo does."""
+    """Run a service, and stop it when the demo ends."""
     launcher = Path(sysconfig.get_path("scripts")) / "opentelemetry-instrument"
     process = subprocess.Popen(
         [launcher, sys.executable, *options, HERE / f"{name}.py"],
@@ -81,7 +81,7 @@ def service(
             "OTEL_LOGS_EXPORTER": "none",
             "OTEL_PYTHON_KAFKA_CAPTURE_QUEUE_TIME": "true",
             "OTEL_PYTHON_KAFKA_PIPELINE_LATENCY": "true",
-            # The demo has no patience; a service keeps the defaults.
+            # The demo exports soon. A service keeps the defaults.
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "OTEL_METRIC_EXPORT_INTERVAL": "500",
             **environ,
@@ -122,7 +122,7 @@ def wait_until_done(name: str, process: subprocess.Popen[bytes]) -> None:
 
 
 class Telemetry:
-    """What has come from the services, and goes on coming."""
+    """The telemetry of the services, as it arrives."""
 
     def __init__(self, receiver: OtlpProtoTestServer) -> None:
         self._receiver = receiver
@@ -131,7 +131,7 @@ class Telemetry:
         self.metrics: measures.Metrics = {}
 
     def wait(self, check: Callable[[], Any], timeout: float) -> None:
-        """Wait until it is as it should be, or say what is wrong with it."""
+        """Wait until the check passes. After the timeout, raise its error."""
         deadline = time.monotonic() + timeout
         while True:
             self.spans += story.read(self._receiver.drain_spans())
@@ -155,7 +155,7 @@ def run(
     log: IO[bytes],
     timeout: float,
 ) -> Telemetry:
-    """Have the orders go through the services, and return what these have said."""
+    """Send the orders through the services, and return their telemetry."""
 
     def start(
         name: str, **environ: str
@@ -253,7 +253,7 @@ def main() -> int:
 def demonstrate(
     plan: story.Plan, backend: str | None, svg: Path, timeout: float
 ) -> int:
-    """Run everything, and draw it; the result is the exit status."""
+    """Run everything, draw the picture and return the exit status."""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
         broker = stack.enter_context(EmbeddedBroker())

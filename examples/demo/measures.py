@@ -20,9 +20,9 @@ LATENCY = "kafka.pipeline.latency"
 
 @dataclass
 class Measured:
-    """A metric of a service, over all its series; of a histogram in seconds.
+    """A metric of a service, over all its series. Histograms are in seconds.
 
-    `buckets` has how many measurements lie between two bounds.
+    `buckets` has the number of measurements between two bounds.
     """
 
     count: float = 0
@@ -47,9 +47,9 @@ class Measured:
         )
 
     def quantile(self, share: float) -> float:
-        """What a share of the measurements does not exceed, as a histogram tells it.
+        """Estimate the value that a share of the measurements does not exceed.
 
-        Within a bucket they are taken to lie evenly, as Prometheus has it.
+        Like Prometheus, this assumes an even distribution within a bucket.
         """
         wanted = share * sum(self.buckets.values())
         for (above, upto), count in sorted(self.buckets.items()):
@@ -61,11 +61,11 @@ class Measured:
 
 
 Metrics = dict[str, dict[str, Measured]]
-"""By service, and by the metric and the operation, which may have failed."""
+"""By service, then by metric and operation, with "failed" for failures."""
 
 
 class Reader:
-    """Takes metrics from what an OTLP receiver has recorded; the last one counts."""
+    """Reads the metrics that an OTLP receiver has recorded. The last point counts."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str, frozenset[tuple[str, Any]]], Measured] = {}
@@ -104,13 +104,13 @@ def _histogram(point: Any) -> Measured:
 
 
 def check_rush(metrics: Metrics, plan: Plan) -> None:
-    """Hold against the story that the orders before the checkout are shipped."""
+    """Check that the orders before the checkout are shipped."""
     shipped = metrics.get("shipping", {}).get(PROCESSING, Measured()).count
     expect(shipped == plan.rush, f"{shipped:g} of {plan.rush} orders are shipped")
 
 
 def check(metrics: Metrics, plan: Plan) -> None:
-    """Hold the metrics against the story, as `story.check` does the traces."""
+    """Check the metrics, as `story.check` checks the traces."""
     expected = {
         ("orders", "messaging.client.sent.messages send"): plan.delivered,
         ("orders", "messaging.client.sent.messages send failed"): plan.refused,
@@ -134,7 +134,7 @@ def check(metrics: Metrics, plan: Plan) -> None:
 
 @dataclass
 class Hop:
-    """A topic and the service behind it: how long messages waited and took."""
+    """A topic and the service behind it, with the times of waiting and processing."""
 
     topic: str
     service: str
@@ -154,10 +154,10 @@ def hops(metrics: Metrics) -> list[Hop]:
 
 
 def latency(metrics: Metrics) -> Measured:
-    """How long orders took from their send to the end of their shipping."""
+    """The latency of orders from their send to the end of their shipping."""
     return metrics["shipping"][LATENCY]
 
 
 def slowest(found: list[Hop]) -> Hop:
-    """The hop that holds the pipeline up: messages wait the longest for its service."""
+    """The hop that delays the pipeline most: messages wait the longest for it."""
     return max(found, key=lambda hop: hop.waiting.quantile(0.5))

@@ -1,4 +1,4 @@
-"""Passes what the services export on to the demo's receiver and to a backend."""
+"""Forwards the services' exports to the demo's receiver and to a backend."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from threading import Thread
 from urllib.request import ProxyHandler, Request, build_opener, urlopen
 
 TIMEOUT = 5.0
-# These are between one client and one server.
+# These headers belong to one connection.
 OWN_HEADERS = frozenset({"accept-encoding", "connection", "content-length", "host"})
 
 
 class Relay(ThreadingHTTPServer):
-    """A server that OTLP goes through.
+    """A server that forwards OTLP.
 
     Args:
         receiver: The URL of the demo's own receiver, whose answer is the relay's.
@@ -33,7 +33,7 @@ class Relay(ThreadingHTTPServer):
         self.failures: dict[str, str] = {}
 
     def report(self) -> list[str]:
-        """Whether the backend has received the traces and the metrics."""
+        """State whether the backend has received the traces and the metrics."""
         lines = []
         for kind in ("traces", "metrics"):
             path = f"/v1/{kind}"
@@ -73,12 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the demo prints a picture."""
+        """Log nothing: the demo prints a picture."""
 
 
 @contextlib.contextmanager
 def relay(receiver: str, backend: str) -> Iterator[Relay]:
-    """Have a relay run in a thread."""
+    """Run a relay in a thread."""
     with Relay(receiver, backend) as server:
         thread = Thread(target=server.serve_forever, daemon=True)
         thread.start()

@@ -12,7 +12,7 @@ DECLINED = "CardDeclinedError"  # as `payments.py` raises it
 
 
 class Plan(NamedTuple):
-    """How many orders there are, and what becomes of them.
+    """The numbers of orders, by their outcome.
 
     Args:
         rush: How many come before the checkout.
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Span:
-    """A span as it came by OTLP; times are in nanoseconds since the epoch."""
+    """A span that arrived by OTLP. Times are in nanoseconds since the epoch."""
 
     name: str
     service: str
@@ -69,7 +69,7 @@ class Span:
 
 
 def read(received: Iterable[Any]) -> list[Span]:
-    """Take spans from what an OTLP receiver has recorded."""
+    """Read the spans that an OTLP receiver has recorded."""
     spans = []
     for each in received:
         span = each.span
@@ -97,7 +97,7 @@ def read(received: Iterable[Any]) -> list[Span]:
 
 
 def values(attributes: Iterable[Any]) -> dict[str, Any]:
-    """Attributes as they came by OTLP, as a dict."""
+    """Convert attributes that arrived by OTLP to a dict."""
     return {
         each.key: getattr(each.value, each.value.WhichOneof("value"))
         for each in attributes
@@ -105,7 +105,7 @@ def values(attributes: Iterable[Any]) -> dict[str, Any]:
 
 
 def tree(spans: list[Span]) -> Span | None:
-    """The checkout with all spans of its trace below it, or None if it is not there."""
+    """The checkout with all spans of its trace below it, or None if it is missing."""
     by_id = {span.span_id: span for span in spans}
     for span in spans:
         span.children = []
@@ -135,17 +135,17 @@ def expect(condition: bool, what: str) -> None:
 
 
 def check(spans: list[Span], plan: Plan) -> Span:
-    """Hold the checkout's trace against the story.
+    """Check the checkout's trace.
 
     Args:
-        spans: All spans that have come.
+        spans: All spans that have arrived.
         plan: How many orders there are.
 
     Returns:
         The checkout, the root of the trace.
 
     Raises:
-        UnexpectedError: Something is missing or wrong; it says what.
+        UnexpectedError: Something is missing or wrong. The message names it.
     """
     root = tree(spans)
     if root is None:
@@ -180,7 +180,7 @@ def check(spans: list[Span], plan: Plan) -> Span:
 
 
 def check_payment(send: Span) -> bool:
-    """Hold what the payments service did with an order against the story.
+    """Check the spans of an order in the payments service.
 
     Returns:
         Whether the order was paid.
@@ -202,7 +202,7 @@ def check_payment(send: Span) -> bool:
 
 @dataclass
 class Stage:
-    """A part of an order's way; how long it took is in nanoseconds."""
+    """A part of an order's path. Its duration is in nanoseconds."""
 
     what: str
     where: str
@@ -210,7 +210,7 @@ class Stage:
 
 
 def stages(send: Span) -> list[Stage]:
-    """Where the time of one order went, from its send to the end of its shipping."""
+    """The stages of one order, from its send to the end of its shipping."""
     found = []
     for topic in ("orders", "payments"):
         process = send.child(f"process {topic}")
@@ -241,8 +241,8 @@ class Bottleneck:
 
     Args:
         service: Its name.
-        median: How long it took for an order, in nanoseconds.
-        orders: Of how many orders this is the median.
+        median: The median time per order, in nanoseconds.
+        orders: The number of orders in the median.
     """
 
     service: str
@@ -251,7 +251,7 @@ class Bottleneck:
 
 
 def bottleneck(root: Span) -> tuple[Span, list[Stage], Bottleneck]:
-    """The slowest order, the stages of its way, and the bottleneck of all orders."""
+    """The slowest order, its stages, and the bottleneck of all orders."""
     shipped = [send for send in root.children if is_shipped(send)]
     slowest = max(shipped, key=lambda send: max(s.end for _, s in send.walk()))
     taken: dict[str, list[int]] = {}

@@ -44,9 +44,9 @@ class Row:
 
     Args:
         span: The span.
-        depth: How many spans of the trace it is below.
-        orders: The numbers of the orders that it is about.
-        waits_since: Since when its message was in the topic, if it processes one.
+        depth: Its depth in the trace.
+        orders: The numbers of its orders.
+        waits_since: When its message arrived in the topic, if it processes one.
     """
 
     span: Span
@@ -98,7 +98,7 @@ class Axis:
         return round(since / self.length * (self.columns - 1))
 
     def ticks(self) -> str:
-        """Two lines: the times, and where they are."""
+        """Two lines: the times and their marks."""
         steps = (digit * 10**power for power in count(5) for digit in (1, 2, 5))
         fewest = self.length * BETWEEN_TICKS / self.columns
         step = next(each for each in steps if each >= fewest)
@@ -128,7 +128,7 @@ class Column(NamedTuple):
     justify: Literal["left", "right"] = "left"
 
     def width(self, rows: list[Row]) -> int:
-        """How much it needs, with a space on both sides."""
+        """The width of its content, with a space on both sides."""
         return max(len(self.title), *(self.cell(row).cell_len for row in rows)) + 2
 
 
@@ -221,7 +221,7 @@ def _error(span: Span) -> str:
 
 
 def draw_hops(hops: list[Hop], latency: Measured, sampled: int) -> Group:
-    """A table of how long all orders waited for each service and took there."""
+    """A table of the waiting and processing times of all orders, by service."""
     slow = slowest(hops)
     orders = hops[0].waiting.count
     table = Table(box=None, padding=(0, 1), header_style="dim")
@@ -254,7 +254,7 @@ def draw_hops(hops: list[Hop], latency: Measured, sampled: int) -> Group:
 
 
 def _estimate(measured: Measured, share: float) -> str:
-    # The first bucket of the histograms says no more than this.
+    # The first bucket gives only an upper bound.
     first = min(upto for _, upto in measured.buckets)
     estimated = measured.quantile(share)
     if estimated < first:
@@ -266,8 +266,8 @@ def show(picture: Callable[[int], Group], below: Table, svg: Path) -> None:
     """Print a picture as wide as the terminal, and write it as an SVG.
 
     Args:
-        picture: Draws the picture so many columns wide.
-        below: What only the terminal has.
+        picture: Draws the picture for a width in columns.
+        below: The table that is only printed in the terminal.
         svg: The file of the SVG.
     """
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -293,7 +293,7 @@ COUNTS = {
 
 
 def draw_metrics(metrics: Metrics) -> Table:
-    """A small table of what each service has measured, on average."""
+    """A small table of the averages of each service's metrics."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("all metrics")
     for service, colour in COLOURS.items():

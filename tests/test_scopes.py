@@ -1174,6 +1174,92 @@ def test_a_context_that_the_body_has_kept_keeps_its_span(
     assert trace.get_current_span(kept) is span
 
 
+def test_a_loop_in_a_copy_of_a_bodys_context_is_no_child_of_what_has_ended(
+    produced: Clients, instrumented: None, recorder: Recorder, topic: str
+) -> None:
+    def loop() -> None:
+        for _ in produced.finite(1):
+            pass
+
+    with recorder.tracer.start_as_current_span("around") as around:
+        for _ in produced.finite(1):
+            copied = contextvars.copy_context()
+        copied.run(loop)
+    spans = recorder.named(f"process {topic}")
+    parents = [span.parent for span in spans]
+    assert parents == [around.get_span_context()] * 2
+
+
+def fail(*_: Any) -> Any:
+    raise RuntimeError
+
+
+def test_where_no_context_can_be_attached_the_span_is_not_current_and_it_is_said(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(context, "attach", fail)
+        for _ in produced.finite(1):
+            assert trace.get_current_span() is trace.INVALID_SPAN
+    (message,) = log.take()
+    assert message.startswith("Failed to make a process span current")
+    assert len(recorder.named(f"process {topic}")) == 1
+
+
+def test_where_the_current_context_cannot_be_asked_for_that_of_a_scope_is_left(
+    produced: Clients, instrumented: None, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        for _ in produced.finite(1):
+            kept = context.get_current()
+            patched.setattr(context, "get_current", fail)
+    for attached in (None, kept):
+        assert trace.get_current_span(attached) is trace.INVALID_SPAN
+    messages = log.take()
+    assert messages[0].startswith("Failed to restore the context after a process span")
+
+
+def test_an_interrupt_in_leaving_a_scope_leaves_it_and_ends_its_span(
+    produced: Clients,
+    instrumented: None,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched:
+        for _ in produced.consumer():
+            patched.setattr(context, "detach", interrupt)
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert recorder.open() == []
+
+
+@pytest.mark.cpython
+def test_what_fails_in_leaving_a_scope_that_the_garbage_collector_finds_is_said(
+    produced: Clients, instrumented: None, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = [iter(produced.consumer())]
+    for _ in kept[0]:
+        break
+    kept.append(kept)
+    del kept
+    with monkeypatch.context() as patched:
+        patched.setattr(context, "get_current", fail)
+        collect()
+    (message,) = log.take()
+    assert message.startswith("Failed to restore the context after a process span")
+    # What is asked for next leaves it.
+    for _ in produced.consumer():
+        break
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
 def test_limit_an_inner_loop_that_moves_the_outer_on_has_no_current_span(
     produced: Clients, instrumented: None, recorder: Recorder
 ) -> None:

@@ -154,6 +154,7 @@ def test_the_spans_have_the_attributes_of_the_table(
 ) -> None:
     rows = {code_in(name)[0]: rest for name, *rest in table("spans", "Attributes")}
     rows["messaging.header.shop"] = rows.pop("messaging.header.<name>")
+    assert set(map(operation, everything)) <= set().union(*COLUMNS.values())
     for index, (column, operations) in enumerate(COLUMNS.items(), 1):
         seen = [
             set(attributes)

@@ -94,6 +94,7 @@ class Backends:
             (
                 *("prometheus", "--config.file=prometheus.yaml"),
                 f"--web.listen-address=127.0.0.1:{prometheus}",
+                "--enable-feature=exemplar-storage",
             ),
         )
 
@@ -135,6 +136,13 @@ class Backends:
         query = expression.replace("$__rate_interval", RATE_INTERVAL)
         result = self.ask("query", query=query)["result"]
         return any(each["value"][1] not in {"NaN", "+Inf"} for each in result)
+
+    def exemplars(self, metric: str) -> set[str]:
+        """The traces of a metric's exemplars."""
+        end = time.time()
+        times = {"start": str(end - PATIENCE), "end": str(end)}
+        series = self.ask("query_exemplars", query=metric, **times)
+        return {e["labels"]["trace_id"] for each in series for e in each["exemplars"]}
 
     def firing(self) -> set[str]:
         alerts = self.ask("alerts")["alerts"]
@@ -256,6 +264,16 @@ def test_every_query_and_alert_shows_what_it_should(
         wait_until(all_are_seen, check_out)
     except AssertionError:
         pytest.fail(f"not seen: {silent}, {empty}")
+    # From a measurement to its trace.
+    latency = "kafka_pipeline_latency_seconds_bucket"
+    wait_until(
+        lambda: (
+            not backends.exemplars(latency).isdisjoint(
+                span["traceId"] for span in backends.spans
+            )
+        ),
+        lambda: time.sleep(PACE),
+    )
     # Nothing more is sent, and what was is paid.
     wait_until(lambda: not backends.firing(), lambda: time.sleep(PACE))
     # And Zipkin draws its graph.

@@ -942,7 +942,7 @@ def attribute(span: Any, key: str) -> Any:
 def test_a_slow_workers_orders_are_seen_to_wait(
     programs: Programs, receiver: OtlpProtoTestServer, topic: str
 ) -> None:
-    programs.write(shop=SEND_TEN, worker=SLOW.replace('"shipping"', f'"{topic}"'))
+    programs.write(shop=SEND_TEN, worker=SLOW.replace('"warehouse"', f'"{topic}"'))
     programs.environ["OTEL_METRIC_EXPORT_INTERVAL"] = "100"
     *settings, start = START_SLOW.splitlines()
     variables = [line.removeprefix("export ") for line in settings]

@@ -85,6 +85,7 @@ OURS = {
     "Operation(template, None, started)",
     "Operation(template, span, started)",
     "_reported",
+    "tracebacks",
     "template.exceptions",
     "operation",
     "self",

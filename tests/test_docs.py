@@ -391,7 +391,9 @@ def test_a_pools_processes_are_traced(
     pool = pool.replace('"spawn"', f'"{method}"')
     programs.write(telemetry=TELEMETRY, pool=pool)
     printed = programs.run(f"{sys.executable} pool.py")
-    assert sorted(printed.splitlines()) == ["shipping a chair", "shipping a lamp"]
+    # Two processes may print at the same time.
+    shown = [printed.count(each) for each in ("shipping", "a lamp", "a chair")]
+    assert shown == [2, 1, 1]
     spans = receiver.get_spans(3, DEADLINE)
     assert names(spans) == [f"poll {topic}", *[f"process {topic}"] * 2]
 

@@ -282,6 +282,7 @@ def test_the_queue_time_is_the_time_since_the_records_timestamp(
         assert 3000 <= second <= 3000 + most * 1000 + 2
 
 
+@pytest.mark.cpython
 @pytest.mark.one_client
 def test_the_queue_time_of_a_message_without_a_context_is_on_its_process_span(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str

@@ -380,9 +380,9 @@ def test_an_exit_without_flush_ends_every_span(clients: Clients, topic: str) -> 
     told = run_recorded(EXIT, clients.address, topic)
     assert told["open"] == []
     assert len(told["ended"]) == 5
-    # At its exit 2.0 aborts those that it has not sent yet.
+    # At its exit 2.0 aborts what it has not sent yet, and what is not answered yet.
     aborted = [each for each in told["ended"] if each[2] == "IllegalStateError"]
-    assert sum(told["sent"].values()) == 5 - len(aborted)
+    assert 5 - len(aborted) <= sum(told["sent"].values()) <= 5
     assert aborted == [] or VERSION < (2, 1)
     # Whatever became of the messages, their spans say so.
     for _, status, error_type in told["ended"]:

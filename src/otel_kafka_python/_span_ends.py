@@ -121,7 +121,9 @@ def end_span(span: Span, ended: int) -> None:
     if known[0] is not own._span_processors:
         parts = [*_parts(own)]
         exports = any(map(_exports_at_once, parts))
-        watch = _watch() if any(map(_is_custom, parts)) else None
+        # At the exit, nothing waits for a span that waits for a thread to start.
+        may_watch = threading.main_thread().is_alive()
+        watch = _watch() if may_watch and any(map(_is_custom, parts)) else None
         known = _known = own._span_processors, exports, watch
     if known[1]:
         _running().end(span, ended)

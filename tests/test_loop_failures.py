@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
@@ -351,18 +351,24 @@ def leave_by_interrupt(clients: Clients) -> None:
         time.sleep(60)
 
 
-def leave_by_cancellation(clients: Clients) -> None:
-    async def loop() -> None:
-        for _ in clients.consumer():
-            await asyncio.sleep(60)
+def cancel(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine in a task, and cancel it once it waits."""
 
     async def run() -> None:
-        task = asyncio.create_task(loop())
+        task = asyncio.create_task(work())
         await asyncio.sleep(0)
         task.cancel()
         await task
 
     asyncio.run(run())
+
+
+def leave_by_cancellation(clients: Clients) -> None:
+    async def loop() -> None:
+        for _ in clients.consumer():
+            await asyncio.sleep(60)
+
+    cancel(loop)
 
 
 def leave_by_closing_a_coroutine(clients: Clients) -> None:
@@ -457,13 +463,7 @@ def leave_by_old_cancellation(clients: Clients) -> None:
             finally:
                 grow_old()
 
-    async def run() -> None:
-        task = asyncio.create_task(loop())
-        await asyncio.sleep(0)
-        task.cancel()
-        await task
-
-    asyncio.run(run())
+    cancel(loop)
 
 
 def leave_a_generator_that_takes_long_to_close(clients: Clients) -> None:

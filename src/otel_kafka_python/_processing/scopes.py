@@ -416,19 +416,14 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
     return False
 
 
-def context_around_ended(context: Context) -> Context:
+def context_around_ended() -> Context:
     """The current context, or the one around the scopes of it that have ended.
 
     A copy of a context (in a task or a thread) keeps a scope current after the loop has
     continued.
-
-    Args:
-        context: The current context.
     """
-    scope = innermost.get(None)
-    if scope is not None:
-        scope = undo_left()
-        context = otel_context.get_current()
+    scope = undo_left()
+    context = otel_context.get_current()
     while scope is not None and not scope._entered:
         if context is scope._attached and scope._around is not None:
             context = scope._around
@@ -449,7 +444,7 @@ def context_of_thread(context: Context) -> Context:
     scope = innermost.get(None)
     if scope is None or scope._thread == threading.get_ident():
         return context
-    return context_around_ended(context)
+    return context_around_ended()
 
 
 def scope_of(record: Record) -> Scope | None:

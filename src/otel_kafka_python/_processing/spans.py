@@ -294,7 +294,7 @@ def _context_around(current: Context) -> Context:
     """The context around a scope that is about to be entered."""
     if innermost.get(None) is None:
         return current
-    return context_around_held(context_around_ended(current))
+    return context_around_held(context_around_ended())
 
 
 def _parent(config: Config, around: Context, context: Context) -> Context:

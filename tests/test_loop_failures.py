@@ -735,4 +735,5 @@ def test_the_first_failure_of_a_process_is_found_although_a_collection_is_near()
     done = run(FIRST_FAILURE)
     named = "ValueError(\"invalid literal for int() with base 10: 'x'\")"
     is_named = NAMES and "free-threading" not in sys.version
-    assert done.stdout == f"Failure(error={named if is_named else None})\n", done.stderr
+    failure = f"LoopFailure(error={named if is_named else None})\n"
+    assert done.stdout == failure, done.stderr

@@ -241,7 +241,7 @@ def _try_others() -> list[bool]:
     return [answer for probe in probes for answer in probe.answers]
 
 
-class Failure(NamedTuple):
+class LoopFailure(NamedTuple):
     """An exception ended a loop.
 
     Args:
@@ -253,7 +253,7 @@ class Failure(NamedTuple):
 
 def failure(
     frame: FrameType | None, asked_in: CodeType | None, asker: Asker, stops: int
-) -> Failure | None:
+) -> LoopFailure | None:
     """Find out whether an exception ends a loop whose iterator is being dropped.
 
     A loop that is left in another way has not failed. Neither has a loop that ends with
@@ -319,14 +319,14 @@ def _opname(code: CodeType, offset: int) -> str:
 
 def _failure_in(
     frame: FrameType, asked_in: CodeType | None, stops: int
-) -> Failure | None:
+) -> LoopFailure | None:
     """Find out whether an exception is leaving a frame, or a block of it."""
     opname = _opname(frame.f_code, frame.f_lasti)
     if opname in _QUIET or references_to_stops() > stops:
         return None
     if not _is_searchable():
         is_asking = frame.f_code is asked_in
-        return Failure(None) if _is_raised(frame, opname, is_asking) else None
+        return LoopFailure(None) if _is_raised(frame, opname, is_asking) else None
     names = _trial().names
     traces = _search(frame, 0)
     if not (_fitting(traces, frame, opname) if names else traces.entries):
@@ -340,7 +340,7 @@ def _failure_in(
     if not is_failure:
         return None
     error = fitting[0] if is_told and names else None
-    return Failure(error if isinstance(error, Exception) else None)
+    return LoopFailure(error if isinstance(error, Exception) else None)
 
 
 def _is_raised(frame: FrameType, opname: str, is_asking: bool) -> bool:

@@ -975,17 +975,21 @@ def test_a_layer_that_returns_no_future_ends_the_commit(
     assert message.startswith("Failed to follow a commit")
 
 
-def test_an_answer_after_a_commit_was_given_up_changes_nothing(
-    instrument: Instrument,
-    patched: pytest.MonkeyPatch,
-    clients: Clients,
-    recorder: Recorder,
-    topic: str,
-) -> None:
-    consumer, answer = clients.consumer(group_id=topic), Future()
+@pytest.fixture
+def answer(
+    instrument: Instrument, patched: pytest.MonkeyPatch, clients: Clients, topic: str
+) -> Future:
+    """The answer to a commit of one offset, which waits for it."""
+    answer = Future()
     fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
     instrument()
-    fake.call(consumer, committable(topic, 1))
+    fake.call(clients.consumer(group_id=topic), committable(topic, 1))
+    return answer
+
+
+def test_an_answer_after_a_commit_was_given_up_changes_nothing(
+    answer: Future, recorder: Recorder, topic: str
+) -> None:
     _endings.abandon_all()
     answer.failure(kafka.errors.GroupAuthorizationFailedError(topic))
     (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
@@ -994,16 +998,8 @@ def test_an_answer_after_a_commit_was_given_up_changes_nothing(
 
 
 def test_a_commit_that_is_given_up_ends_at_that_moment(
-    instrument: Instrument,
-    patched: pytest.MonkeyPatch,
-    clients: Clients,
-    recorder: Recorder,
-    topic: str,
+    answer: Future, patched: pytest.MonkeyPatch, recorder: Recorder, topic: str
 ) -> None:
-    consumer, answer = clients.consumer(group_id=topic), Future()
-    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
-    instrument()
-    fake.call(consumer, committable(topic, 1))
     moment = time.monotonic_ns() + 10**12
     patched.setattr(_endings, "Clock", SimpleNamespace(monotonic_ns=lambda: moment))
     _endings.abandon_all()
@@ -1020,19 +1016,13 @@ def test_a_commit_that_is_given_up_ends_at_that_moment(
     ids=["failed", "given up"],
 )
 def test_an_interrupt_while_a_commit_fails_leaves_no_span_open(
-    instrument: Instrument,
+    answer: Future,
     patched: pytest.MonkeyPatch,
-    clients: Clients,
     recorder: Recorder,
-    topic: str,
     log: Log,
     end: Callable[[Future], object],
     logged: int,
 ) -> None:
-    consumer, answer = clients.consumer(group_id=topic), Future()
-    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
-    instrument()
-    fake.call(consumer, committable(topic, 1))
     (span,) = recorder.started
     patched.setattr(span, "set_attributes", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -150,19 +150,28 @@ def _module_map() -> str:
     return docstring.partition("only from those below it:\n\n")[2].partition("\n\n")[0]
 
 
+def _is_sorted_by(levels: list[set[str]], names: list[str]) -> bool:
+    level = {name: i for i, each in enumerate(levels) for name in each}
+    return names == sorted(names, key=lambda name: level[name])
+
+
 def test_the_map_in_the_docstring_is_the_map() -> None:
     documented = re.findall(r"^    (\w+) {2,}\S", _module_map(), re.MULTILINE)
     assert set(documented) == set().union(*LEVELS) - {"__init__"}
-    levels = {name: i for i, names in enumerate(LEVELS) for name in names}
-    assert documented == sorted(documented, key=lambda name: levels[name])
+    assert _is_sorted_by(LEVELS, documented)
+    documented = re.findall(r"^      (\w+) {2,}\S", _module_map(), re.MULTILINE)
+    assert set(documented) == set().union(*PROCESSING) - {"__init__"}
+    assert _is_sorted_by(PROCESSING, documented)
+
+
+def test_the_map_has_every_module() -> None:
+    names = re.findall(r"^ +(\w+) {2,}\S", _module_map(), re.MULTILINE)
+    modules = {path.stem for path in SOURCE.rglob("*.py")} - {"__init__"}
+    assert set(names) == {"_processing", *modules}
 
 
 def test_the_map_for_contributors_is_that_of_the_docstring() -> None:
-    rows = re.findall(r"^    (\w+ {2,}\S.*)$", _module_map(), re.MULTILINE)
-    assert set(re.findall(r"^(\w+) ", "\n".join(rows), re.MULTILINE)) == {
-        "_processing",
-        *(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"),
-    }
+    rows = re.findall(r"^    ( *\w+ {2,}\S.*)$", _module_map(), re.MULTILINE)
     assert "```\n" + "\n".join(rows) + "\n```" in CONTRIBUTING
 
 

@@ -15,10 +15,15 @@ The modules, from the outside in; each imports only from those below it:
     _consumer          poll, next and iteration: receive spans
     _commits           commits of offsets
     _transactions      offsets sent to a transaction, ends of transactions
-    _processing        process spans: their scope, their parent, their end
+    _processing        process spans, in these modules:
+      process_span     the public context manager
+      iterators        hand records to a loop, and notice its end; hold those of `next`
+      spans            a process span: its parent, its links, its attributes
+      scopes           the context while it lasts, and how it is restored
+      loops            whether a `for` statement asks, and whether it failed
     _telemetry         the state of all wrappers: settings, tracer, instruments
     _client_metrics    the clients' own metrics, observed when they are collected
-    _clients           the registry of live clients, and what is kept for each
+    _clients           the registry of live clients, and the state kept for each
     _operation         an operation, and the one way it ends
     _span_ends         ends spans without delaying the broker's other answers
     _messages          the attributes and links that describe a span's messages
@@ -46,7 +51,7 @@ states:
 and the scope of a process span through these:
 
     entered ──leave──▶ undone
-       │        └────▶ kept, while what the application made current in it lasts
+       │        └────▶ kept, while a span that the application entered in it lasts
        └──close──▶ left and ended
 
 The words for ends mean the same everywhere:

@@ -265,7 +265,13 @@ def fail_while_debugged(clients: Clients) -> None:
 
 
 def fail_while_measured(clients: Clients) -> None:
-    measured = pytest.importorskip("coverage").Coverage(data_file=None, branch=True)
+    coverage = pytest.importorskip("coverage")
+    # This run may be measured itself. A second measurement would keep it from saving
+    # its data.
+    if coverage.Coverage.current() is not None:
+        fail_in_call(clients)
+        return
+    measured = coverage.Coverage(data_file=None, branch=True)
     before = sys.gettrace()
     measured.start()
     try:

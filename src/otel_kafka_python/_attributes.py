@@ -1,4 +1,4 @@
-"""Pure functions from facts to span names and attributes."""
+"""Pure functions from facts to attributes and span names."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def operation_attributes(
     group: str | None,
     server: Server | None,
 ) -> Attributes:
-    """The attributes that a span has at its creation and its duration metric has."""
+    """The attributes of a span at its creation, and of its duration metric."""
     address, port = server or (None, None)
     return without_absent(
         {
@@ -111,7 +111,7 @@ def error_attributes(error_type: str) -> Attributes:
 
 
 def exception_attributes(error: BaseException) -> Attributes:
-    """The attributes of an event of an exception (Exceptions in logs)."""
+    """The attributes of an exception's event (Exceptions in logs)."""
     return {
         EXCEPTION_TYPE: _qualified_name(type(error)),
         EXCEPTION_MESSAGE: text_of(error),
@@ -183,7 +183,7 @@ def add_message(
     key: str | None = None,
     size: int | None = None,
 ) -> Attributes:
-    """Add the attributes of one message to its span, or to its link of a batch.
+    """Add the attributes of one message's offset, key and size.
 
     Args:
         attributes: The attributes to add to; they are also returned.

@@ -1,4 +1,4 @@
-"""The registry of live clients, and what is kept for each."""
+"""The registry of live clients, and the state kept for each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Step(Enum):
 
 
 class Client:
-    """A producer or consumer, and what is kept for it; this does not keep it alive.
+    """The state kept for a producer or consumer; it does not keep the client alive.
 
     Args:
         settings: The part of its configuration that is used.
@@ -85,14 +85,14 @@ class Client:
         self.step: Step | None = None
         # When the poll in that step started and ended, if it brought records.
         self.polled: tuple[Moment, int] | None = None
-        # Of the last record, if that may yet be processed with the hook's span.
+        # The receipt of the last record, as long as the hook has not been called.
         self.receipt: Receipt | None = None
         # The last records that were handed over, if the latency of pipelines is
         # measured.
         self.received: list[Received] = []
 
     def refresh(self) -> bool:
-        """Drop everything that was derived from older metadata.
+        """Forget everything that was derived from older metadata.
 
         Returns:
             Whether the metadata has been refreshed since the last call.
@@ -105,7 +105,7 @@ class Client:
         return True
 
     def forget(self) -> None:
-        """Drop everything that was derived from the metadata."""
+        """Forget everything that was derived from the metadata."""
         self.templates, self.answer_attributes = {}, {}
 
     def remember(self, record: Any) -> None:
@@ -114,7 +114,7 @@ class Client:
         self.last_records[record.topic, record.partition] = handed
 
     def close_receipt(self) -> None:
-        """Call the hook with the last receipt, and end that."""
+        """Close the receipt of the last record, if it is still open."""
         receipt, self.receipt = self.receipt, None
         if receipt is not None:
             receipt.close()

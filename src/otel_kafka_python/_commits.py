@@ -268,6 +268,7 @@ class CommitWrappers:
         ledger = self._ledger(instance)
         commit = None
         offsets = _kafka.offsets_argument(args, kwargs)
+        # A commit that waits for its answer also runs this, and has begun already.
         if all(each is not offsets for each in list(ledger.in_sync.values())):
             # The client's own thread may have inherited the span in which the client
             # was made. That span has nothing to do with this commit.
@@ -361,7 +362,7 @@ class CommitWrappers:
             return None
         topic, partition = shared(offsets)
         template = telemetry.template(client, COMMIT, topic, partition)
-        assert template is not None  # what is left is not excluded
+        assert template is not None  # excluded topics are left out
         started = time.time_ns(), Clock.monotonic_ns()
         span = None
         # Many programs commit after each poll, and most polls return nothing.

@@ -1,4 +1,4 @@
-"""`poll`, `next` and iteration: receive spans, and who opens process spans."""
+"""`poll`, `next` and iteration: receive spans, and the start of process spans."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class ConsumerWrappers:
         if not traced:
             return
         template = self.telemetry.template(client, POLL, *shared(traced))
-        assert template is not None  # what is left is not excluded
+        assert template is not None  # excluded topics are left out
         client.polled = started, ended
         Operation(template, None, started).end(ended=ended)
 
@@ -223,7 +223,7 @@ class ConsumerWrappers:
             return
         topic, partition = shared(traced)
         template = telemetry.template(client, POLL, topic, partition)
-        assert template is not None  # what is left is not excluded
+        assert template is not None  # excluded topics are left out
         span = None
         if telemetry.config.receive_spans:
             attributes = template.attributes.copy()
@@ -282,6 +282,7 @@ class ConsumerWrappers:
                 template, SpanKind.CLIENT, started, attributes, links=links
             )
         hook = telemetry.consume_hook
+        # A process span that `next` opens calls the hook itself.
         if span is None or hook is None or (measured and self.holds):
             Operation(template, span, started).end(ended=ended, measured=measured)
         else:

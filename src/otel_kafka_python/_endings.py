@@ -3,6 +3,9 @@
 A finaliser must not end an operation itself: a collection can run while this thread is
 inside the SDK, whose locks are not reentrant. So it defers the operation. The next
 operation that begins, or the interpreter's exit, abandons it.
+
+A forked child abandons no operation of its parent. Modules that have a lock or a thread
+replace it in the child.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Links(Sequence[Link]):
         self._made: Sequence[Link] | None = None
 
     def __bool__(self) -> bool:
-        # It is not known before the links are made whether there are any.
+        # Only making the links shows whether there are any.
         return True
 
     def __len__(self) -> int:

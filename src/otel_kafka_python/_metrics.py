@@ -109,11 +109,11 @@ class Instruments:
 
 
 class Metrics:
-    """The instruments of a meter provider, from the moment that one collects.
+    """The instruments of a meter provider, from the moment that it collects.
 
     Args:
         provider: The meter provider; the global one if None.
-        on_meter: Called with the provider and its meter when one collects.
+        on_meter: Called with the provider and its meter when it collects.
         measures: Whether there are instruments at all.
     """
 

@@ -45,7 +45,7 @@ _BAGGAGE_PREFIXES = ("uberctx-", "ot-baggage-")
 # With the default propagators, nearly all messages carry only a `traceparent` in its
 # usual form and, with `pipeline_latency`, baggage with nothing but the start of a
 # pipeline. Both are written and read here, which saves 3 µs per message, and more with
-# baggage. Everything else is left to the propagators.
+# baggage. The propagators handle everything else.
 _DEFAULT_PROPAGATORS = [TraceContextTextMapPropagator, W3CBaggagePropagator]
 _TRACEPARENT = "traceparent"
 _BAGGAGE = "baggage"
@@ -64,7 +64,7 @@ class _Known:
     """Facts about the configured propagators, which are slow to ask."""
 
     propagator: TextMapPropagator | None
-    names: frozenset[str]  # of the headers that they write, in lower case
+    names: frozenset[str]  # the headers that they write, in lower case
     are_default: bool
 
 

@@ -70,7 +70,7 @@ class TransactionWrappers:
                 return None
             topic, partition = shared(partitions)
         template = telemetry.template(client, kind, topic, partition)
-        assert template is not None  # what is left is not excluded
+        assert template is not None  # excluded topics are left out
         started = time.time_ns(), Clock.monotonic_ns()
         span = None
         if telemetry.config.commit_spans != "none":

@@ -56,7 +56,7 @@ _DROPS = ("STORE", "DELETE", "JUMP")
 # raised at them. On 3.10, one that waits for another is at the LOAD_CONST before its
 # YIELD_FROM.
 _WAITS = _YIELDS | {"RESUME", "JUMP_BACKWARD_NO_INTERRUPT", "LOAD_CONST"}
-# Into what waits, exceptions can be thrown.
+# Exceptions can be thrown into code that waits.
 _CAN_WAIT = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 # The search is skipped if there are more young objects: all objects are young if the
 # garbage collector is disabled.

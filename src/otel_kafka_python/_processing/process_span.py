@@ -145,7 +145,7 @@ def _closed(scope: Scope | None) -> _Entry:
 
 
 def _pass_receipt(telemetry: Telemetry, record: Record) -> None:
-    """End the receipt of a record whose hook is called with the process span."""
+    """Close the receipt of a record whose hook is called with the process span."""
     for _, client in telemetry.clients.living():
         receipt = client.receipt
         if receipt is not None and receipt.record is record:

@@ -20,7 +20,7 @@ from otel_kafka_python._attributes import (
     message_key,
     span_name,
 )
-from otel_kafka_python._kafka import Server, parse_bootstrap_servers
+from otel_kafka_python._kafka import Server, first_bootstrap_server
 
 CONVENTION = json.loads(
     (Path(__file__).parent / "messaging-kafka-1.44.0.json").read_text()
@@ -116,7 +116,7 @@ def test_a_legal_topic_is_a_name(topic: str) -> None:
     ],
 )
 def test_the_first_bootstrap_server(servers: Any, first: Server | None) -> None:
-    assert parse_bootstrap_servers(servers) == first
+    assert first_bootstrap_server(servers) == first
 
 
 @pytest.mark.parametrize(

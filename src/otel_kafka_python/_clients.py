@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from otel_kafka_python import _kafka
 from otel_kafka_python._attributes import Attributes
-from otel_kafka_python._kafka import Server, Settings
+from otel_kafka_python._kafka import ClientConfig, Server
 from otel_kafka_python._operation import Kind, Moment, OperationTemplate, Receipt
 from otel_kafka_python._pipeline import Received
 from otel_kafka_python._safety import report
 
-_UNKNOWN = Settings()
+_UNKNOWN = ClientConfig()
 
 
 class LastRecord(NamedTuple):
@@ -36,7 +36,7 @@ class Client:
     """The state kept for a producer or consumer; it does not keep the client alive.
 
     Args:
-        settings: The part of its configuration that is used.
+        config: The part of its configuration that is used.
         sends_headers: Whether its broker supports records with headers.
     """
 
@@ -62,17 +62,17 @@ class Client:
     )
 
     def __init__(
-        self, settings: Settings = _UNKNOWN, *, sends_headers: bool = True
+        self, config: ClientConfig = _UNKNOWN, *, sends_headers: bool = True
     ) -> None:
-        self.client_id = settings.client_id
-        self.group = settings.group
-        self.bootstrap = settings.bootstrap
-        self.is_acknowledged = settings.is_acknowledged
-        self.runs_application_code = settings.runs_application_code
+        self.client_id = config.client_id
+        self.group = config.group
+        self.bootstrap = config.bootstrap
+        self.is_acknowledged = config.is_acknowledged
+        self.runs_application_code = config.runs_application_code
         self.sends_headers = sends_headers
         # Returns the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
-        self._cluster = settings.cluster
+        self._cluster = config.cluster
         self._refreshed: object = None
         # Derived from the metadata.
         self.templates: dict[tuple[Kind, Any, Any], OperationTemplate | None] = {}
@@ -168,7 +168,7 @@ class Clients:
         self._on_new()
         key = id(instance)
         client = Client(
-            _kafka.settings(instance), sends_headers=_kafka.sends_headers(instance)
+            _kafka.client_config(instance), sends_headers=_kafka.sends_headers(instance)
         )
         # The callback runs before another object can have the same identity.
         client.instance = weakref.ref(instance, lambda _: self._known.pop(key, None))

@@ -80,7 +80,7 @@ class Server(NamedTuple):
         return True
 
 
-class Settings(NamedTuple):
+class ClientConfig(NamedTuple):
     """The part of a client's configuration that its telemetry uses."""
 
     client_id: str | None = None
@@ -98,7 +98,7 @@ def _config(instance: Any) -> dict[str, Any]:
     return config
 
 
-def settings(instance: Any) -> Settings:
+def client_config(instance: Any) -> ClientConfig:
     """The configuration of a producer, a consumer, or a consumer's coordinator."""
     config = _config(instance)
     # A producer has the cluster's metadata itself; a consumer's network client has it.
@@ -106,14 +106,14 @@ def settings(instance: Any) -> Settings:
     network = getattr(instance, "_client", None)
     if cluster is None:
         cluster = getattr(network, "cluster", None)
-    if "bootstrap_servers" not in config:  # a coordinator, which has fewer settings
-        # From 3.0, the settings are those of the network client's manager.
+    if "bootstrap_servers" not in config:  # a coordinator, which has fewer entries
+        # From 3.0, the entries are those of the network client's manager.
         manager: Any = getattr(network, "_manager", network)
         config = {**_config(manager), **config}
-    return Settings(
+    return ClientConfig(
         client_id=plain(config.get("client_id")),
         group=plain(config.get("group_id")),
-        bootstrap=parse_bootstrap_servers(config.get("bootstrap_servers")),
+        bootstrap=first_bootstrap_server(config.get("bootstrap_servers")),
         cluster=(lambda: None) if cluster is None else weakref.ref(cluster),
         is_acknowledged=config.get("acks") != 0,
         runs_application_code=(
@@ -155,7 +155,7 @@ def leader(cluster: Any, topic: str, partition: int | None) -> Server | None:
     return Server(broker.host, broker.port) if broker else None
 
 
-def parse_bootstrap_servers(servers: Any) -> Server | None:
+def first_bootstrap_server(servers: Any) -> Server | None:
     """The first of the configured bootstrap servers.
 
     Args:

@@ -51,7 +51,7 @@ class CommitLedger:
     # up, perhaps on another thread, and the request is made there.
     waiting: list[PendingCommit] = field(default_factory=list)
     # The offsets of each thread that commits and waits for the answer.
-    in_sync: dict[object, Any] = field(default_factory=dict)
+    synchronous: dict[object, Any] = field(default_factory=dict)
     # The thread whose next commit is an auto-commit.
     auto_thread: int | None = None
 
@@ -199,7 +199,7 @@ class CommitWrappers:
         commit = self._begin(instance, ledger, args, kwargs, auto=auto)
         offsets = _kafka.offsets_argument(args, kwargs)
         token = object()
-        ledger.in_sync[token] = offsets
+        ledger.synchronous[token] = offsets
         try:
             result = wrapped(*args, **kwargs)
         except BaseException as error:
@@ -207,7 +207,7 @@ class CommitWrappers:
                 commit(error)
             raise
         finally:
-            del ledger.in_sync[token]
+            del ledger.synchronous[token]
         if commit is not None:
             commit(None)
         else:  # a commit without telemetry has moved the offsets, too
@@ -269,7 +269,7 @@ class CommitWrappers:
         commit = None
         offsets = _kafka.offsets_argument(args, kwargs)
         # A commit that waits for its answer also runs this, and has begun already.
-        if all(each is not offsets for each in list(ledger.in_sync.values())):
+        if all(each is not offsets for each in list(ledger.synchronous.values())):
             # The client's own thread may have inherited the span in which the client
             # was made. That span has nothing to do with this commit.
             commit = self._begin(

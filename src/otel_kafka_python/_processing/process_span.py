@@ -66,6 +66,8 @@ def process_span(
     return _ProcessSpan(records, consumer)
 
 
+# The scope of an entered block, if it has one, and the call that leaves or closes it.
+# There is no call if a loop closes the scope.
 _Entry = tuple[Scope | None, Callable[[], None] | None]
 
 
@@ -75,7 +77,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
     def __init__(self, records: Any, consumer: Any) -> None:
         self._given = records
         self._consumer = consumer
-        # Of each entry that has not been left: its scope, and how that is left.
+        # One context manager may be entered several times.
         self._entries: list[_Entry] = []
 
     def __enter__(self) -> Span:
@@ -110,16 +112,16 @@ class _ProcessSpan(AbstractContextManager[Span]):
             client = telemetry.clients.get(self._consumer)
         records = [
             record
-            for record in _flatten(given)
+            for record in _take(given)
             if telemetry.template(client, PROCESS, record.topic, record.partition)
         ]
         if not records:
             return None, None
         if batch:
-            return _closed(open_batch_scope(telemetry, client, records, current))
+            return _to_close(open_batch_scope(telemetry, client, records, current))
         if telemetry.consume_hook is not None:
             _pass_receipt(telemetry, records[0])
-        return _closed(open_scope(telemetry, client, records[0], current))
+        return _to_close(open_scope(telemetry, client, records[0], current))
 
     def __exit__(
         self,
@@ -127,7 +129,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope, leave = self._entries.pop()
+        scope, leave_or_close = self._entries.pop()
         if scope is None:
             return
         try:
@@ -136,11 +138,11 @@ class _ProcessSpan(AbstractContextManager[Span]):
             if isinstance(error, Exception):
                 scope.fail_with(error)
         finally:  # also after an interrupt
-            if leave is not None:
-                leave()
+            if leave_or_close is not None:
+                leave_or_close()
 
 
-def _closed(scope: Scope | None) -> _Entry:
+def _to_close(scope: Scope | None) -> _Entry:
     return scope, None if scope is None else scope.close
 
 
@@ -153,7 +155,8 @@ def _pass_receipt(telemetry: Telemetry, record: Record) -> None:
             receipt.close(hooked=False)
 
 
-def _flatten(given: Any) -> list[Record]:
+def _take(given: Any) -> list[Record]:
+    """The given records, which later loops over their lists do not trace again."""
     if hasattr(given, "offset"):
         return [given]
     lists = given.values() if isinstance(given, Mapping) else [given]

@@ -327,19 +327,19 @@ def _failure_in(
     if not _is_searchable():
         is_asking = frame.f_code is asked_in
         return LoopFailure(None) if _is_raised(frame, opname, is_asking) else None
-    names = _trial().names
+    finds_errors = _trial().finds_errors
     traces = _search(frame, 0)
-    if not (_fitting(traces, frame, opname) if names else traces.entries):
+    if not (_fitting(traces, frame, opname) if finds_errors else traces.entries):
         traces = _search_older(frame, traces)
     fitting = _fitting(traces, frame, opname)
-    is_told = len(fitting) == 1 and (names or opname in _RERAISES)
-    if is_told or (names and fitting):
+    is_identified = len(fitting) == 1 and (finds_errors or opname in _RERAISES)
+    if is_identified or (finds_errors and fitting):
         is_failure = all(isinstance(error, Exception) for error in fitting)
     else:
         is_failure = _is_other_failure(traces, fitting)
     if not is_failure:
         return None
-    error = fitting[0] if is_told and names else None
+    error = fitting[0] if is_identified and finds_errors else None
     return LoopFailure(error if isinstance(error, Exception) else None)
 
 
@@ -362,7 +362,7 @@ def _is_other_failure(traces: _Traces, fitting: list[BaseException]) -> bool:
         return bool(fitting)
     entry = traces.entries[-1]
     return not _is_thrown_in(entry) and (
-        not _trial().names or _is_raised_again(entry, traces.tracebacks)
+        not _trial().finds_errors or _is_raised_again(entry, traces.tracebacks)
     )
 
 
@@ -454,7 +454,7 @@ def _is_raised_again(traceback: TracebackType, young: set[int]) -> bool:
 
 def _is_searchable() -> bool:
     """Whether the youngest objects can be searched now, in a short time."""
-    return _has_few_young() and _trial().finds
+    return _has_few_young() and _trial().finds_entries
 
 
 def _has_few_young() -> bool:
@@ -463,9 +463,10 @@ def _has_few_young() -> bool:
 
 
 class _Trial(NamedTuple):
-    # Whether the entry of a traceback and the exception itself are found.
-    finds: bool
-    names: bool
+    """Whether a search among the youngest objects finds exceptions here."""
+
+    finds_entries: bool  # of tracebacks
+    finds_errors: bool  # the exceptions themselves
 
 
 class _Dropped:
@@ -504,11 +505,11 @@ def _try_endings() -> _Trial:
         except (ValueError, TypeError) as error:  # noqa: PERF203 (there are three)
             errors.append(error)
     _leave(found)
-    names = [fitting for _, fitting in found] == [*([id(e)] for e in errors), []]
+    finds_errors = [fitting for _, fitting in found] == [*([id(e)] for e in errors), []]
     # They hold this frame and, through it, the frames and the iterator of the loop that
     # is being recognised.
     errors.clear()
-    return _Trial([entries for entries, _ in found] == [1, 1, 0, 0], names)
+    return _Trial([entries for entries, _ in found] == [1, 1, 0, 0], finds_errors)
 
 
 def _leave(found: list[tuple[int, list[int]]]) -> None:

@@ -173,7 +173,7 @@ def test_the_docstring_has_every_keyword_in_its_order_and_the_defaults() -> None
     described = dict(re.findall(r"(?m)^ {4}(\w+): ((?:.|\n {5,})+)", arguments))
     assert list(described) == list(instrument.__kwdefaults__ or {})
     for name in BOOLEANS:
-        default = _config.shown(getattr(Config(), name))
+        default = _config.format_default(getattr(Config(), name))
         assert described[name].endswith(f"Default: {default}."), name
 
 

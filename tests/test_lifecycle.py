@@ -502,7 +502,7 @@ def test_a_fork_while_another_thread_counts_lets_the_child_count() -> None:
     held, forked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _metrics._lock:
+        with _metrics._counting:
             held.set()
             forked.wait(DEADLINE)
 

@@ -242,7 +242,7 @@ def test_the_table_of_settings_is_complete() -> None:
     assert documented == {
         name: (
             "" if name.endswith("_hook") else f"OTEL_PYTHON_KAFKA_{name.upper()}",
-            _config.shown(getattr(defaults, name)),
+            _config.format_default(getattr(defaults, name)),
         )
         for name in _config._PARSERS
     }

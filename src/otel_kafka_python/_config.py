@@ -206,7 +206,7 @@ def load(
                 source,
                 value,
                 error,
-                shown(getattr(Config(), name)),
+                format_default(getattr(Config(), name)),
             )
     for name in given:
         logger.warning(
@@ -250,7 +250,7 @@ def _did_you_mean(name: str, known: Mapping[str, str]) -> str:
     return f"; did you mean {known[nearest[0]]}?" if nearest else ""
 
 
-def shown(default: object) -> str:
+def format_default(default: object) -> str:
     """The default of a setting, in the form that its environment variable takes."""
     if isinstance(default, bool):
         return str(default).lower()

@@ -50,8 +50,8 @@ class ConsumerWrappers:
         self.telemetry = telemetry
         self.held = HeldScopes()
         self.holds = telemetry.config.processes_next
-        # Whether a record's telemetry may last until its consumer is asked for more.
-        self.waits = (
+        # Whether the last record's telemetry may end only when more is asked for.
+        self.keeps_last_open = (
             self.holds
             or telemetry.consume_hook is not None
             or telemetry.config.pipeline_latency
@@ -127,12 +127,12 @@ class ConsumerWrappers:
             return plain
 
     def close(self, wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-        """Wrap `KafkaConsumer.close`, where something `waits`."""
+        """Wrap `KafkaConsumer.close`, if it `keeps_last_open`."""
         self.close_last(self.telemetry.clients.get(instance))
         return wrapped(*args, **kwargs)
 
     def _on_asked(self, consumer: Any) -> None:
-        if self.waits:
+        if self.keeps_last_open:
             self.on_asked(self.telemetry.clients.get(consumer))
 
     def on_asked(self, client: Client) -> None:
@@ -340,7 +340,7 @@ class ConsumerIterator(ScopedIterator):
 
     def _advance(self) -> Record:
         client = self._client
-        if self._wrappers.waits:
+        if self._wrappers.keeps_last_open:
             self._wrappers.on_asked(client)
         self._started = time.time_ns(), Clock.monotonic_ns()
         client.asked += 1

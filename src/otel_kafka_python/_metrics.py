@@ -48,7 +48,7 @@ class Tally:
 
     def count(self, messages: int) -> None:
         """Count more messages, on any thread."""
-        with _lock:
+        with _counting:
             self.number += messages
 
 
@@ -82,15 +82,16 @@ class MessageCounter:
         ]
 
 
-_lock = threading.Lock()
+# Held while a tally changes.
+_counting = threading.Lock()
 # Held while instruments are made, whichever provider makes them. A provider that uses
 # an instrumented client to make them takes it again.
 _making = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _making
-    _lock, _making = threading.Lock(), threading.RLock()
+    global _counting, _making
+    _counting, _making = threading.Lock(), threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

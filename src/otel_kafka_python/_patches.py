@@ -79,7 +79,7 @@ def _targets(telemetry: Telemetry) -> Iterator[tuple[type, str, Wrapper]]:
     yield KafkaConsumer, "poll", consumer.poll
     yield KafkaConsumer, "__iter__", consumer.iterate
     yield KafkaConsumer, "__next__", consumer.advance
-    if consumer.waits:
+    if consumer.keeps_last_open:
         yield KafkaConsumer, "close", consumer.close
 
     if coordinator is None:

@@ -280,6 +280,57 @@ def test_a_processor_that_delays_other_answers_for_more_than_a_second_is_told_on
         assert "longer than a second" in section("limits", "The end of spans")
 
 
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_the_end_of_a_span_wakes_the_watch_if_it_sleeps(
+    monkeypatch: pytest.MonkeyPatch, sleeps: bool
+) -> None:
+    """A fake stands for the watch: whether the real one sleeps is a race."""
+    watch = SimpleNamespace(begun={}, sleeps=sleeps, woken=threading.Event())
+    seen: list[int] = []
+
+    class Looking(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            seen.append(len(watch.begun))
+
+    monkeypatch.setattr(_span_ends, "_watch", lambda: watch)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Looking())
+    _span_ends.end_span(provider.get_tracer("test").start_span("span"), 1)
+    assert watch.woken.is_set() == sleeps
+    assert (seen, watch.begun) == ([1], {})
+
+
+def test_the_watch_looks_again_until_a_processor_has_taken_longer_than_a_second(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """Without its thread, since no test can stop that between two lines."""
+    clock, longest = Slow(0), 10**9
+    spans = [TracerProvider().get_tracer("test").start_span(name) for name in "ab"]
+
+    def seconds() -> Iterator[None]:
+        del watch.begun[spans[0]]  # it ends in time,
+        watch.woken.set()
+        yield
+        watch.begun[spans[1]] = clock.now  # and this one does not
+        clock.now += longest
+        yield
+        clock.now += 1
+        yield
+
+    second = seconds()
+    sleeping = SimpleNamespace(sleep=lambda _: next(second))
+    monkeypatch.setattr(_span_ends, "_start", lambda *_: True)
+    monkeypatch.setattr(_span_ends, "Clock", clock)
+    monkeypatch.setattr(_span_ends, "time", sleeping)
+    monkeypatch.setattr(_span_ends, "_LONGEST_END", longest)
+    watch = _span_ends._Watch()
+    watch.begun[spans[0]] = clock.now
+    watch._run()
+    assert list(second) == []
+    (message,) = log.take()
+    assert message.startswith("The end of a span has delayed kafka-python by 1.0 sec")
+
+
 def test_at_the_exit_spans_that_wait_are_exported(clients: Clients, topic: str) -> None:
     done = run(
         """

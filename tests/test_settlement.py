@@ -228,6 +228,24 @@ def test_a_commit_that_fails_has_its_error(
     )
 
 
+def test_a_commit_that_is_not_made_has_no_peer_whatever_the_error(
+    instrumented: None, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    """Another commit's callback raises in it, and the broker is not asked."""
+    clients.send(b"1")
+    consumer = clients.consumer(group_id=topic)
+    poll(consumer)
+    error = kafka.errors.GroupAuthorizationFailedError(topic)
+    consumer.commit_async(committable(topic, 1), Mock(side_effect=error))
+    until(lambda: bool(consumer._coordinator.completed_offset_commits), consumer.topics)
+    with pytest.raises(kafka.errors.GroupAuthorizationFailedError):
+        consumer.commit_async(committable(topic, 0))
+    made, failed = attributes_of(recorder.named(f"commit {topic}"))
+    assert "network.peer.address" in made
+    assert "network.peer.address" not in failed
+    assert failed["error.type"] == "GROUP_AUTHORIZATION_FAILED"
+
+
 def test_what_kafka_python_refuses_to_commit_is_refused_and_makes_nothing(
     instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
 ) -> None:

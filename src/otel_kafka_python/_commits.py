@@ -160,7 +160,7 @@ class Commit(PendingOperation):
         self.end(self._peer_attributes(), ended=ended)
 
     def _failure(self, error: BaseException | None, *, was_taken: bool) -> Failure:
-        is_answer = was_taken and error is not None and _kafka.is_answer(error)
+        is_answer = was_taken and _kafka.is_answer(error)
         return Failure(self._peer_attributes() if is_answer else None)
 
     def _peer_attributes(self) -> Attributes:

@@ -540,7 +540,7 @@ def error_type(error: BaseException) -> str:
     return type(error).__qualname__
 
 
-def is_answer(error: BaseException) -> bool:
+def is_answer(error: BaseException | None) -> bool:
     """Whether an error that ended a send or a commit is the broker's own answer.
 
     Up to 2.1, a batch that expires in the client fails with the broker's error for a
@@ -549,7 +549,7 @@ def is_answer(error: BaseException) -> bool:
     return _error_code(error) not in (None, _REQUEST_TIMED_OUT)
 
 
-def _error_code(error: BaseException) -> int | None:
+def _error_code(error: BaseException | None) -> int | None:
     """The number of an error in the Kafka protocol, if it has one."""
     from kafka.errors import BrokerResponseError  # noqa: PLC0415 (see the top)
 

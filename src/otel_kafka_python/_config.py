@@ -208,7 +208,12 @@ def load(
                 error,
                 format_default(getattr(Config(), name)),
             )
-    for name in given:
+    _warn_of_unknown(given, environ)
+    return Config(**settings)
+
+
+def _warn_of_unknown(keywords: Iterable[str], environ: Iterable[str]) -> None:
+    for name in keywords:
         logger.warning(
             "instrument() has no keyword %s; it is ignored%s",
             name,
@@ -222,7 +227,6 @@ def load(
                 variable,
                 _did_you_mean(name.lower(), _VARIABLES),
             )
-    return Config(**settings)
 
 
 def disabled_in_file(environ: Mapping[str, str] = os.environ) -> bool:

@@ -86,7 +86,8 @@ POST_FORK = example("setups", "post_fork")
 SHOP = example("setups", "start_response")
 GUNICORN = example("setups", "gunicorn", "sh")
 TASKS = example("setups", "worker_process_init")
-CELERY = example("setups", "celery", "sh")
+CELERY = example("setups", "tasks worker", "sh")
+CALL_TASK = example("setups", "tasks call", "sh")
 POOL = example("setups", "Pool(")
 DOCKERFILE = example("setups", "FROM", "dockerfile")
 INSTRUMENTATION = example("setups", "kind: Instrumentation", "yaml")
@@ -371,7 +372,7 @@ def test_celerys_workers_are_traced(
     tasks += f"app.conf.broker_transport_options = {queue}\n"
     programs.write(telemetry=TELEMETRY, shop=SHOP, tasks=tasks)
     programs.environ["OTEL_BSP_SCHEDULE_DELAY"] = "600000"
-    programs.run("""celery --app tasks call tasks.order --args '["a lamp"]'""")
+    programs.run(CALL_TASK)
     with programs.running(CELERY):
         (record,) = poll_records(clients.consumer(), 1)
     assert record.value == b"a lamp"

@@ -406,3 +406,32 @@ def test_a_forked_child_exports_its_own_spans(clients: Clients, topic: str) -> N
     )
     told = [f"True send {topic}", f"False send {topic}"]
     assert done.stdout.splitlines() == told, done.stderr
+
+
+@pytest.mark.one_client
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_does_not_wait_at_its_exit_for_its_parents_spans() -> None:
+    """Its parent's thread is not in it, and so would never be done with them."""
+    done = run(
+        """
+        import os, sys, threading
+        from opentelemetry import trace
+        from otel_kafka_python import _span_ends
+
+        class Blocked(trace.NonRecordingSpan):
+            def end(self, end_time=None):
+                begun.set()
+                goes_on.wait()
+
+        begun, goes_on = threading.Event(), threading.Event()
+        _span_ends._SECONDS_AT_EXIT = threading.TIMEOUT_MAX
+        _span_ends._running().end(Blocked(trace.INVALID_SPAN_CONTEXT), 0)
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            sys.exit()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        goes_on.set()
+        """,
+    )
+    assert done.stdout == "0\n", done.stderr

@@ -204,6 +204,8 @@ def _running() -> _Ender:
 
 def _after_fork_in_child() -> None:
     global _ender, _known, _lock  # noqa: PLW0603 (the threads are the parent's)
+    if _ender is not None:
+        atexit.unregister(_ender._stop)
     _watch.cache_clear()
     _known = (None, False, None)
     _ender = None

@@ -84,19 +84,31 @@ def test_a_span_that_no_answer_ends_is_exported_at_once(
     assert exporter.threads == {threading.current_thread().name}
 
 
-def test_if_no_thread_can_start_as_at_the_exit_a_span_is_exported_at_once(
-    exporter: Hanging, clients: Clients, topic: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise RuntimeError
+def refuse(*_: Any) -> None:
+    raise RuntimeError
 
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [("Thread.start", refuse), ("main_thread", threading.Thread)],
+    ids=["a thread is refused", "the main thread has ended"],
+)
+def test_if_no_thread_can_start_as_at_the_exit_a_span_is_exported_at_once(
+    exporter: Hanging,
+    clients: Clients,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    replacement: object,
+) -> None:
     exporter.goes_on.set()
     monkeypatch.setattr(_span_ends, "_ender", None)
     producer = clients.producer()
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(f"threading.{name}", replacement)
     producer.send(topic, b"value").get(DEADLINE)
     assert exporter.has_one.wait(DEADLINE)
     assert exporter.exported == [f"send {topic}"]
+    assert "otel-kafka-python-span-ends" not in exporter.threads
 
 
 def test_a_span_that_ends_after_the_exit_handler_is_exported_at_once(

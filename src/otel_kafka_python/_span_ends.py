@@ -121,9 +121,7 @@ def end_span(span: Span, ended: int) -> None:
     if known[0] is not own._span_processors:
         parts = [*_parts(own)]
         exports = any(map(_exports_at_once, parts))
-        # At the exit, nothing waits for a span that waits for a thread to start.
-        may_watch = threading.main_thread().is_alive()
-        watch = _watch() if may_watch and any(map(_is_custom, parts)) else None
+        watch = _watch() if any(map(_is_custom, parts)) else None
         known = _known = own._span_processors, exports, watch
     if known[1]:
         _running().end(span, ended)
@@ -186,7 +184,10 @@ def _warn_of_delay(elapsed: int) -> None:
 
 
 def _start(name: str, run: Callable[[], None]) -> bool:
-    """Start a thread, and return whether that was possible: at exit, it may not be."""
+    """Start a thread, unless this is the exit, and return whether it was started."""
+    # At the exit, nothing would wait for that thread, or for a span that waits for it.
+    if not threading.main_thread().is_alive():
+        return False
     try:
         threading.Thread(target=run, name=name, daemon=True).start()
     except RuntimeError:

@@ -238,13 +238,15 @@ class ConsumerWrappers:
                 template, SpanKind.CLIENT, started, attributes, links=links
             )
         Operation(template, span, started).end(ended=ended)
-        for each, of_partition in traced.items():
+        for each, partition_template in traced.items():
             if telemetry.config.client_metrics:
                 client.remember(polled[each][-1])
-            _count_records(of_partition, polled[each], span)
+            _count_records(partition_template, polled[each], span)
             records = Records(polled[each], telemetry, client)
-            if of_partition.destination is not None:
-                records.received = _received(client, of_partition, polled[each], span)
+            if partition_template.destination is not None:
+                records.received = _received(
+                    client, partition_template, polled[each], span
+                )
             polled[each] = records
 
     def receive_one(

@@ -588,6 +588,7 @@ def test_work_that_a_loop_submits_is_in_the_messages_trace(
 
 
 SUBMITS = example("threads", "pool.submit")
+COMPREHENSION = example("threads", "def work(")
 
 
 def test_work_that_a_loop_submits_is_in_no_trace_without_it(shop: Shop) -> None:
@@ -604,6 +605,25 @@ def test_a_worker_behind_a_queue_works_in_the_messages_trace(
     assert [value for value, _ in shop.shipped] == ORDERS
     assert {context.trace_id for _, context in shop.shipped} == traces(shop)
     assert len(shop.recorder.named(f"process {shop.topic}")) == 6
+
+
+@fragment("threads", "KafkaConsumer(")
+def test_the_examples_of_threads_run_below_its_first_lines(
+    instrumented: None,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    code: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clients.send(b"a lamp")
+    code = f"{code}{COMPREHENSION}".replace("localhost:9092", clients.address)
+    code = code.replace("timeout_ms=1000", f"timeout_ms={DEADLINE * 1000:.0f}")
+    known: dict[str, Any] = {}
+    exec(code.replace("orders", topic), known)
+    known["consumer"].close()
+    assert capsys.readouterr().out == "shipping a lamp\n"
+    assert recorder.one(f"process {topic}")
 
 
 @fragment("threads", "def work(")
@@ -724,36 +744,16 @@ def test_the_hooks_move_as_they_are(code: str) -> None:
 
 
 LOGGING = example("logs", "LoggingInstrumentor")
-SERVED = """
-import telemetry
-from kafka import KafkaConsumer, KafkaProducer
-from opentelemetry import trace
-telemetry.start()
-tracer = trace.get_tracer("shop")
-producer = KafkaProducer(bootstrap_servers="localhost:9092")
-consumer = KafkaConsumer(
-    "orders",
-    bootstrap_servers="localhost:9092",
-    auto_offset_reset="earliest",
-    consumer_timeout_ms=5000,
-)
-producer.send("orders", b"a lamp").get(30)
-"""
+LOG_IN_LOOP = example("logs", "in consumer:") + "    break\n"
+SEND = 'producer.send("orders", b"a lamp").get(30)\n'
+SERVED = example("logs", "KafkaConsumer(") + SEND
 
 
 @pytest.mark.parametrize(
     ("code", "says", "span"),
     [
-        (
-            example("logs", "in consumer:") + "    break\n",
-            "shipping a lamp",
-            "process {topic}",
-        ),
-        (
-            example("logs", "add_callback") + "producer.close()\n",
-            "delivered at offset 1",
-            "checkout",
-        ),
+        (LOG_IN_LOOP, "shipping a lamp", "process {topic}"),
+        (example("logs", "add_callback"), "delivered at offset 1", "checkout"),
         (example("logs", "ThreadPoolExecutor"), "shipping a lamp", "process {topic}"),
     ],
     ids=["loop", "callback", "thread"],
@@ -768,18 +768,12 @@ def test_log_lines_have_the_trace_id(
 ) -> None:
     span = span.format(topic=topic)
     code = code.replace("timeout_ms=1000", f"timeout_ms={DEADLINE * 1000:.0f}")
-    programs.write(telemetry=TELEMETRY, app=SERVED + LOGGING + code)
+    start = "import telemetry\ntelemetry.start()\n"
+    programs.write(telemetry=TELEMETRY, app=start + LOGGING + SERVED + code)
     lines = programs.run(f"{sys.executable} app.py 2>&1").splitlines()
     (line,) = [line for line in lines if says in line]
     (trace_id,) = re.findall(r"trace_id=(\w{32})", line)
     assert spans_until(receiver, span)[span].span.trace_id.hex() == trace_id
-
-
-LOGGED = """
-import logging
-log = logging.getLogger("shop")
-log.setLevel("INFO")
-"""
 
 
 LAUNCH_WITH_IDS = example("logs", "LOG_CORRELATION", "sh")
@@ -788,7 +782,7 @@ LAUNCH_WITH_IDS = example("logs", "LOG_CORRELATION", "sh")
 def test_log_lines_have_the_trace_id_under_the_launcher(
     programs: Programs, receiver: OtlpProtoTestServer, topic: str
 ) -> None:
-    programs.write(app=LOGGED + UNTIL_SHIPPED.replace("print(", "log.info('%s %s', "))
+    programs.write(app=SERVED + LOG_IN_LOOP)
     variables = LAUNCH_WITH_IDS
     logged = programs.run(f"{variables}{LAUNCH.strip()} 2>&1")
     assert "Traceback" not in logged

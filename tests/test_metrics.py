@@ -24,8 +24,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from clients import DEADLINE, Clients, committable, poll, poll_records
 from conftest import Instrument
-from otel_kafka_python import KafkaPythonInstrumentor, process_span
-from otel_kafka_python._metrics import Metrics
+from otel_kafka_python import KafkaPythonInstrumentor, _metrics, process_span
 from recorder import Recorder
 
 OPERATION = "messaging.client.operation.duration"
@@ -479,24 +478,35 @@ def test_many_threads_lose_no_count(
 
 
 def test_threads_that_make_the_instruments_at_once_have_the_same(
-    recorder: Recorder,
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The SDK reads the first observable counter of a name and no other."""
     found: list[Any] = []
+    lock, waits = _metrics._making, threading.Event()
+
+    class Telling:
+        def __enter__(self) -> None:
+            if threading.current_thread() in others:
+                waits.set()
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
 
     class Slow(MeterProvider):
         def get_meter(self, *args: Any, **kwargs: Any) -> Any:
             if not others:
                 others.append(threading.Thread(target=make))
                 others[0].start()
-                others[0].join(0.3)  # it is done by then if nothing holds it up
+                assert waits.wait(DEADLINE)
             return super().get_meter(*args, **kwargs)
 
     def make() -> None:
         found.append(made.instruments())
 
+    monkeypatch.setattr(_metrics, "_making", Telling())
     others: list[threading.Thread] = []
-    made = Metrics(Slow([recorder.reader.__class__()], shutdown_on_exit=False))
+    made = _metrics.Metrics(Slow([recorder.reader.__class__()], shutdown_on_exit=False))
     make()
     others[0].join(DEADLINE)
     one, other = found

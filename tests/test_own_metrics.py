@@ -196,6 +196,19 @@ def test_the_lag_of_each_partition_is_what_the_consumer_has_not_been_given(
     assert lags(recorder) == {(topic, "0"): 0, (topic, "1"): 0}
 
 
+def test_a_partition_that_nothing_was_fetched_of_has_no_lag(
+    instrument: Instrument, clients: Clients, recorder: Recorder, topic: str
+) -> None:
+    instrument(client_metrics=True)
+    clients.send(b"value")
+    consumer = clients.consumer()
+    poll(consumer)
+    assert lags(recorder) == {(topic, "0"): 0}
+    consumer.unsubscribe()
+    consumer.assign([TopicPartition(topic, 0)])
+    assert lags(recorder) == {}
+
+
 def by_poll(consumer: Any) -> Iterator[Any]:
     for _ in range(consumer.count):
         ((record,),) = poll(consumer, max_records=1).values()

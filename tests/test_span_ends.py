@@ -426,7 +426,7 @@ def test_a_forked_child_does_not_wait_at_its_exit_for_its_parents_spans() -> Non
     """Its parent's thread is not in it, and so would never be done with them."""
     done = run(
         """
-        import os, sys, threading
+        import os, signal, sys, threading
         from opentelemetry import trace
         from otel_kafka_python import _span_ends
 
@@ -441,6 +441,7 @@ def test_a_forked_child_does_not_wait_at_its_exit_for_its_parents_spans() -> Non
         begun.wait()
         child = os.fork()
         if child == 0:
+            signal.alarm(120)
             sys.exit()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         goes_on.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -71,6 +72,14 @@ def pytest_configure_node(node: Any) -> None:
 
 def pytest_unconfigure() -> None:
     _running.close()
+
+
+def pytest_sessionfinish() -> None:
+    """Save what is measured so far: xdist kills a worker that takes long to exit."""
+    coverage: Any = sys.modules.get("coverage")
+    measured = coverage and coverage.Coverage.current()
+    if measured:
+        measured.save()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,18 +19,18 @@ from typing import Any, cast
 from otel_kafka_python._clock import Clock
 
 # One object per process: a forked child recognises operations of its parent by it.
-process = object()
+this_process = object()
 
 
 class Endable:
     """Something that has begun in this process and ends once."""
 
-    __slots__ = ("ended", "process")
+    __slots__ = ("begun_in", "has_ended")
 
     # Whether a caller has ended it, or is about to.
-    ended: bool
+    has_ended: bool
     # The process that it began in, which is the one that ends it.
-    process: object
+    begun_in: object
 
     def abandon(self, ended: int) -> None:
         """End it because nothing else will any more.
@@ -102,8 +102,8 @@ def abandon_all() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global process  # noqa: PLW0603 (it is the process's)
-    process = object()
+    global this_process  # noqa: PLW0603 (it is the process's)
+    this_process = object()
 
 
 if hasattr(os, "register_at_fork"):

@@ -154,10 +154,10 @@ class Operation(Endable):
         self.span = span
         self.started = started
         self.error_type: str | None = None
-        self.process = _endings.process
+        self.begun_in = _endings.this_process
         self._unclaimed = True
         # Set last: an operation that an interrupt leaves half made is never ended.
-        self.ended = False
+        self.has_ended = False
 
     def fail(self, error: BaseException | None) -> None:
         """Record why the operation fails (Recording errors); this does not end it.
@@ -172,7 +172,7 @@ class Operation(Endable):
             self.fail_as(_kafka.error_type(error), text_of(error))
             # An interrupt, for example to end the application, is no failure that
             # anyone would investigate.
-            if isinstance(error, Exception) and self.process is _endings.process:
+            if isinstance(error, Exception) and self.begun_in is _endings.this_process:
                 template = self.template
                 template.exceptions.record(self.span, template.event_type, error)
         except Exception:
@@ -185,7 +185,7 @@ class Operation(Endable):
             error_type: Its `error.type`.
             said: The description of its status.
         """
-        if self.process is not _endings.process:
+        if self.begun_in is not _endings.this_process:
             return
         self.error_type = error_type
         try:
@@ -209,8 +209,8 @@ class Operation(Endable):
         finally:
             if lock is not None:
                 lock.release()
-        self.ended = True
-        return self.process is _endings.process
+        self.has_ended = True
+        return self.begun_in is _endings.this_process
 
     def end(
         self,
@@ -435,7 +435,7 @@ class PendingOperation(Operation):
             if threading.get_ident() == threading.main_thread().ident:
                 raise
         finally:
-            if not self.ended:  # the answer could not be read, and no other follows
+            if not self.has_ended:  # the answer could not be read, and no other follows
                 self.abandon(ended)
 
     def _end_succeeded(self, result: Any, ended: int) -> None:
@@ -484,7 +484,7 @@ class PendingOperation(Operation):
 
 def _defer_unended(operation: Operation) -> None:
     try:
-        has_ended = operation.ended
+        has_ended = operation.has_ended
     except AttributeError:  # an interrupt left it half made
         return
     if not has_ended:

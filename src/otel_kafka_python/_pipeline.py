@@ -236,7 +236,7 @@ class Received(_endings.Endable):
         at: int,
         span: Span | None,
     ) -> None:
-        self.process, self.ended = _endings.process, False
+        self.begun_in, self.has_ended = _endings.this_process, False
         self._headers = headers
         self._arrivals = dict(arrivals)
         self._at = at
@@ -245,11 +245,11 @@ class Received(_endings.Endable):
 
     def abandon(self, ended: int) -> None:  # noqa: ARG002 (as overridden)
         """Measure the records that were not processed."""
-        if self.process is not _endings.process:
+        if self.begun_in is not _endings.this_process:
             return
         self._forget()
         arrivals, self._arrivals = self._arrivals, {}
-        self.ended = True
+        self.has_ended = True
         span = INVALID_SPAN if self._span is None else self._span
         measure(arrivals.values(), self._at, Context({SPAN_KEY: span}))
 

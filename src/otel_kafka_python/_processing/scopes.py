@@ -199,7 +199,7 @@ class Scope(Operation):
         A marker can be reset only in its own context, so this resets it and sets it
         again.
         """
-        if not self._entered or self.ended or self._marker is None:
+        if not self._entered or self.has_ended or self._marker is None:
             return False
         within = innermost.get(None)
         try:
@@ -377,7 +377,7 @@ def displace_held() -> None:
     scope = innermost.get(None)
     while scope is not None and not scope.is_bounded and scope.renew_marker():
         scope.leave()
-        lasting = [each for each in _displaced.get() if not each.ended]
+        lasting = [each for each in _displaced.get() if not each.has_ended]
         _displaced.set((*lasting, scope))
         scope = innermost.get(None)
 

@@ -138,7 +138,11 @@ def start_without_span() -> Start | None:
     """The start of the pipeline that is being processed here without a span."""
     scope = innermost.get(None)
     while scope is not None:
-        if isinstance(scope, PipelineScope) and scope.span is None and not scope.ended:
+        if (
+            isinstance(scope, PipelineScope)
+            and scope.span is None
+            and not scope.has_ended
+        ):
             return scope.pipelines.start
         scope = scope._below
     return None

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from opentelemetry.trace import Span
 
@@ -73,7 +73,7 @@ class _Watch:
     def __init__(self) -> None:
         # The spans that custom processors have now, and since when.
         self.begun: dict[Span, int] = {}
-        # Whether it sleeps until it is woken, which costs more than this look.
+        # Whether it sleeps until it is woken. Waking it costs more than this check.
         self.sleeps = False
         self.woken = threading.Event()
         _start("otel-kafka-python-watch", self._run)
@@ -99,8 +99,18 @@ class _Watch:
 _watch = cache(_Watch)
 _ender: _Ender | None = None
 _lock = threading.Lock()
-# The processors of the last span; does one export at once? The watch if one is custom.
-_known: tuple[object, bool, _Watch | None] = (None, False, None)
+
+
+class _Processors(NamedTuple):
+    """The span processors of a provider, and how a span of it ends."""
+
+    given: object = None  # the SDK's tuple, which adding a processor replaces
+    one_exports_at_once: bool = False
+    watch: _Watch | None = None  # if one is custom
+
+
+# The processors of the last span.
+_known = _Processors()
 
 
 def end_span(span: Span, ended: int) -> None:
@@ -117,19 +127,27 @@ def end_span(span: Span, ended: int) -> None:
         span.end(ended)
         return
     known = _known
-    # Adding a processor replaces the tuple.
-    if known[0] is not own._span_processors:
-        parts = [*_parts(own)]
-        exports = any(map(_exports_at_once, parts))
-        watch = _watch() if any(map(_is_custom, parts)) else None
-        known = _known = own._span_processors, exports, watch
-    if known[1]:
+    if known.given is not own._span_processors:
+        known = _known = _examine(own)
+    if known.one_exports_at_once:
         _running().end(span, ended)
-        return
-    watch = known[2]
-    if watch is None:
+    elif known.watch is None:
         span.end(ended)
-        return
+    else:
+        _end_watched(span, ended, known.watch)
+
+
+def _examine(processor: Any) -> _Processors:
+    parts = [*_parts(processor)]
+    return _Processors(
+        processor._span_processors,
+        any(map(_exports_at_once, parts)),
+        _watch() if any(map(_is_custom, parts)) else None,
+    )
+
+
+def _end_watched(span: Span, ended: int, watch: _Watch) -> None:
+    """End a span, and warn if that delays other answers."""
     began = Clock.monotonic_ns()
     watch.begun[span] = began
     if watch.sleeps:
@@ -208,7 +226,7 @@ def _after_fork_in_child() -> None:
     if _ender is not None:
         atexit.unregister(_ender._stop)
     _watch.cache_clear()
-    _known = (None, False, None)
+    _known = _Processors()
     _ender = None
     _lock = threading.Lock()
 

@@ -48,6 +48,12 @@ class Kind(NamedTuple):
     group: str | None = None  # if it is not the client's
 
 
+SEND = Kind("send", "send")
+POLL = Kind("poll", "receive")
+PROCESS = Kind("process", "process")
+COMMIT = Kind("commit", "settle")
+
+
 # Held while an operation is claimed, on interpreters without the GIL. It is reentrant,
 # because an object that is dropped during a claim can claim another operation.
 _claiming: threading.RLock | None = None
@@ -63,12 +69,6 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-SEND = Kind("send", "send")
-POLL = Kind("poll", "receive")
-PROCESS = Kind("process", "process")
-COMMIT = Kind("commit", "settle")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +178,12 @@ class Operation(Endable):
         except Exception:
             report("record an error")
 
-    def fail_as(self, error_type: str, said: str) -> None:
+    def fail_as(self, error_type: str, description: str) -> None:
         """Record that the operation fails, without an exception.
 
         Args:
             error_type: Its `error.type`.
-            said: The description of its status.
+            description: The description of its status.
         """
         if self.begun_in is not _endings.this_process:
             return
@@ -192,7 +192,7 @@ class Operation(Endable):
             span = self.span
             if span is not None and span.is_recording():
                 span.set_attributes(error_attributes(error_type))
-                span.set_status(Status(StatusCode.ERROR, said))
+                span.set_status(Status(StatusCode.ERROR, description))
         except Exception:
             report("record an error")
 
@@ -369,7 +369,7 @@ class Receipt(Operation):
         super().__init__(template, span, started)
 
     def close(self, *, hooked: bool = True) -> None:
-        """End it.
+        """Call the hook, and end it.
 
         Args:
             hooked: Whether the hook is called with its span.
@@ -391,7 +391,7 @@ class Receipt(Operation):
 
 
 class Failure(NamedTuple):
-    """What the end of a failed operation records besides the error."""
+    """The facts that the end of a failed operation records besides the error."""
 
     attributes: Attributes | None = None
     partition: int | None = None  # if it was not known in advance

@@ -70,7 +70,7 @@ class Telemetry:
             self.consume_hook = RecordHook(config.consume_hook)
         self.clients = Clients(on_new_client)
         self._unknown = Client()
-        self._unknown_for: Instruments | None = None  # those that it was made for
+        self._unknown_for: Instruments | None = None  # those of its templates
         self._on_stop: list[Callable[[], object]] = []
         self.active = True
         # Whether there were instruments when a template was last built.
@@ -105,7 +105,7 @@ class Telemetry:
     def may_begin(self, context: Context | None = None) -> bool:
         """Whether operations are traced now: not uninstrumented, not suppressed.
 
-        If they are, deferred operations are ended before a new one begins.
+        If they are, this first abandons the deferred operations.
 
         Args:
             context: The current context, if the caller has it. An empty context
@@ -223,7 +223,7 @@ class Telemetry:
     def _instruments_of(
         self, kind: Kind
     ) -> tuple[Histogram | None, MessageCounter | None, Histogram | None]:
-        """What measures the duration, counts the messages and measures queue time."""
+        """The instruments for the duration, the messages and the queue time."""
         instruments = self._instruments()
         self.measures = instruments is not None
         if instruments is None or not kind.type:

@@ -49,10 +49,10 @@ class ConsumerWrappers:
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self.held = HeldScopes()
-        self.holds = telemetry.config.processes_next
+        self.processes_next = telemetry.config.processes_next
         # Whether the last record's telemetry may end only when more is asked for.
         self.keeps_last_open = (
-            self.holds
+            self.processes_next
             or telemetry.consume_hook is not None
             or telemetry.config.pipeline_latency
         )
@@ -106,7 +106,7 @@ class ConsumerWrappers:
             client.step = None
         try:
             self.receive_one(client, started, record, measured=True)
-            if self.holds:
+            if self.processes_next:
                 self.held.hold(self.telemetry, client, record)
         except Exception:
             report("trace the receipt of a record")
@@ -141,13 +141,13 @@ class ConsumerWrappers:
         The scopes of other consumers' records are left.
         """
         self.close_last(client)
-        if self.holds:
+        if self.processes_next:
             self.held.displace()
 
     def close_last(self, client: Client) -> None:
         """Close everything that waits for the end of the last record's processing."""
         client.received = []
-        if self.holds:
+        if self.processes_next:
             self.held.close(client)
         client.close_receipt()
 
@@ -285,7 +285,7 @@ class ConsumerWrappers:
             )
         hook = telemetry.consume_hook
         # A process span that `next` opens calls the hook itself.
-        if span is None or hook is None or (measured and self.holds):
+        if span is None or hook is None or (measured and self.processes_next):
             Operation(template, span, started).end(ended=ended, measured=measured)
         else:
             receipt = Receipt(

@@ -381,7 +381,7 @@ def test_in_a_copied_context_a_record_that_is_no_longer_held_is_processed_again(
             scope = innermost.get()
             assert scope is not None
             # No search for another record goes round in circles.
-            assert scope._below is not scope
+            assert scope._outer is not scope
 
     copied.run(process)
     consumer.close()

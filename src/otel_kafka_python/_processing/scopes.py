@@ -77,7 +77,7 @@ class _LeftContext(Context):
     def _here(self) -> Context:
         scope, messages = innermost.get(None), self.inside[_MESSAGES_KEY]
         while scope is not None and scope.messages is not messages:
-            scope = scope._below
+            scope = scope._outer
         return self if scope is None else self.inside
 
 
@@ -124,11 +124,11 @@ class Scope(Operation):
     __slots__ = (
         "_around",
         "_attached",
-        "_below",
         "_entered",
         "_failed_with",
         "_ids",
         "_marker",
+        "_outer",
         "_thread",
         "_token",
         "is_bounded",
@@ -156,10 +156,10 @@ class Scope(Operation):
         self._ids: frozenset[int] | None = None
         self._failed_with: dict[str, Any] | None = None
         self._around = self._attached = self._token = None
-        below = innermost.get(None)
-        while below is not None and below._marker is None:
-            below = below._below
-        self._below: Scope | None = below
+        outer = innermost.get(None)
+        while outer is not None and outer._marker is None:
+            outer = outer._outer
+        self._outer: Scope | None = outer
         self._marker: Token[Scope | None] | None = innermost.set(self)
         if self.span is None:
             return
@@ -186,9 +186,9 @@ class Scope(Operation):
                 if scope is None:
                     return
                 later.append(scope)
-                scope = scope._below
+                scope = scope._outer
             # Scopes that were entered later (other consumers' in a `zip`) end, too.
-            if self.undo(later) and self._below is not None:
+            if self.undo(later) and self._outer is not None:
                 undo_left()
         except Exception:
             report("restore the context after a process span")
@@ -290,7 +290,7 @@ class Scope(Operation):
         except Exception:
             report("restore the context after a process span")
 
-    def holds(self, record: Record) -> bool:
+    def accounts_for(self, record: Record) -> bool:
         """Whether it accounts for this very record."""
         records = self.messages.records
         if len(records) == 1:
@@ -384,7 +384,7 @@ def displace_held() -> None:
 
 def displaced_scope_of(record: Record) -> Scope | None:
     """The scope that accounts for a record and was displaced in this context."""
-    found = (each for each in _displaced.get() if each.holds(record))
+    found = (each for each in _displaced.get() if each.accounts_for(record))
     return next(found, None)
 
 
@@ -397,7 +397,7 @@ def context_around_held(context: Context) -> Context:
     scope = innermost.get(None)
     while scope is not None and not scope.is_bounded and scope._around is not None:
         context = scope._without([scope], context, scope._around)
-        scope = scope._below
+        scope = scope._outer
     return context
 
 
@@ -427,7 +427,7 @@ def context_around_ended() -> Context:
     while scope is not None and not scope._entered:
         if context is scope._attached and scope._around is not None:
             context = scope._around
-        scope = scope._below
+        scope = scope._outer
     return context
 
 
@@ -450,6 +450,6 @@ def context_of_thread(context: Context) -> Context:
 def scope_of(record: Record) -> Scope | None:
     """The scope around the running code that accounts for a record, or None."""
     scope = innermost.get(None)
-    while scope is not None and not scope.holds(record):
-        scope = scope._below
+    while scope is not None and not scope.accounts_for(record):
+        scope = scope._outer
     return scope

@@ -144,7 +144,7 @@ def start_without_span() -> Start | None:
             and not scope.has_ended
         ):
             return scope.pipelines.start
-        scope = scope._below
+        scope = scope._outer
     return None
 
 

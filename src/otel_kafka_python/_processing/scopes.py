@@ -142,7 +142,7 @@ class Scope(Operation):
     _token: Token[Context] | None
 
     def enter(self, messages: ScopeMessages, around: Context, context: Context) -> None:
-        """Begin, until `leave`.
+        """Enter it, until `leave`.
 
         Args:
             messages: The records that it accounts for.
@@ -187,7 +187,7 @@ class Scope(Operation):
                     return
                 later.append(scope)
                 scope = scope._outer
-            # Scopes that were entered later (other consumers' in a `zip`) end, too.
+            # Scopes that were entered later (in a `zip` of consumers) are undone, too.
             if self.undo(later) and self._outer is not None:
                 undo_left()
         except Exception:
@@ -337,8 +337,8 @@ def restore(
     Args:
         around: The context.
         token: The token that detaching takes to restore it.
-        scopes: The scopes that end here, the last one first. What the application made
-            current in them may stay.
+        scopes: The scopes that are left here, the last one first. A context that the
+            application made current in them may stay.
     """
     restored, replaced, is_covered = around, None, True
     try:
@@ -417,7 +417,7 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
 
 
 def context_around_ended() -> Context:
-    """The current context, or the one around the scopes of it that have ended.
+    """The current context, or the one around the scopes in it that were left.
 
     A copy of a context (in a task or a thread) keeps a scope current after the loop has
     continued.

@@ -68,7 +68,7 @@ def start_in(context: Context, now: int) -> Start | None:
     return start if -_MAX_AHEAD <= now - start.began <= _MAX_AGE else None
 
 
-def carrying(start: Start, context: Context) -> Context:
+def context_with_start(start: Start, context: Context) -> Context:
     """The context, with a start in its baggage."""
     try:
         entry = f"{start.began // _MS}-{start.topic}"
@@ -96,13 +96,13 @@ def context_to_send(
     if may_carry_context(headers):
         forwarded = start_in(extract(headers)[0], now)
         if forwarded is not None:
-            return carrying(forwarded, context)
+            return context_with_start(forwarded, context)
     if start_in(context, now) is not None:
         return context
-    return carrying(processed or Start(now, topic), context)
+    return context_with_start(processed or Start(now, topic), context)
 
 
-def with_start(headers: Any, context: Context, now: int) -> Any:
+def headers_with_start(headers: Any, context: Context, now: int) -> Any:
     """Headers that keep their creation context, with the start of their pipeline.
 
     Args:
@@ -114,7 +114,7 @@ def with_start(headers: Any, context: Context, now: int) -> Any:
     start = start_in(context, now)
     if start is None or start_in(carried, now) is not None:
         return headers
-    return inject_baggage(headers, carrying(start, carried))
+    return inject_baggage(headers, context_with_start(start, carried))
 
 
 class Sources:

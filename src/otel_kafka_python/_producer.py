@@ -39,7 +39,7 @@ from otel_kafka_python._operation import (
     PendingOperation,
     is_recorded,
 )
-from otel_kafka_python._pipeline import context_to_send, with_start
+from otel_kafka_python._pipeline import context_to_send, headers_with_start
 from otel_kafka_python._processing.scopes import (
     THREADS_INHERIT,
     context_of_thread,
@@ -394,7 +394,7 @@ def _in_pipeline(
         topic, processed = str(template.topic), start_without_span()
         sent = context_to_send(headers, context, processed, topic, now)
         if kept is not None:
-            added = with_start(headers, sent, now)
+            added = headers_with_start(headers, sent, now)
             if added is not headers:
                 args, kwargs = _kafka.with_headers(args, kwargs, added)
     except Exception:

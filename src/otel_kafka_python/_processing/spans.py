@@ -31,7 +31,7 @@ from otel_kafka_python._operation import PROCESS, Moment, OperationTemplate
 from otel_kafka_python._pipeline import (
     Arrival,
     Start,
-    carrying,
+    context_with_start,
     measure,
     note_processed,
     start_in,
@@ -240,7 +240,7 @@ def open_batch_scope(
     context = around
     pipelines = _pipelines_of_batch(telemetry, client, records, started[0])
     if pipelines is not None and pipelines.start is not None:
-        context = carrying(pipelines.start, around)
+        context = context_with_start(pipelines.start, around)
     span = telemetry.start_span(
         template,
         SpanKind.CONSUMER,

@@ -56,7 +56,7 @@ TESTS = {
     ),
     "_operation": (
         *("send", "metrics", "lifecycle", "exceptions", "next", "settlement"),
-        *("settings", "span_ends"),
+        *("settings", "span_ends", "transactions", "concurrency"),
     ),
     "_endings": ("lifecycle", "scopes"),
     "_commits": ("settlement",),

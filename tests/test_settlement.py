@@ -1049,6 +1049,29 @@ def test_an_interrupt_while_a_commit_fails_leaves_no_span_open(
     assert len(log.take()) == logged
 
 
+def test_an_interrupt_while_a_commit_fails_leaves_the_peer_to_its_span(
+    instrument: Instrument,
+    patched: pytest.MonkeyPatch,
+    clients: Clients,
+    recorder: Recorder,
+    topic: str,
+    log: Log,
+) -> None:
+    clients.send(b"1")
+    consumer, answer = clients.consumer(group_id=topic), Future()
+    poll(consumer)
+    fake = Fake(_kafka.COMMIT_ASYNC, answer, patched)
+    instrument()
+    fake.call(consumer, committable(topic, 1))
+    (span,) = recorder.started
+    patched.setattr(span, "record_exception", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        answer.failure(kafka.errors.GroupAuthorizationFailedError(topic))
+    (attributes,) = attributes_of([recorder.one(f"commit {topic}")])
+    assert attributes["network.peer.address"] == "127.0.0.1"
+    assert len(log.take()) == 1
+
+
 def test_a_coordinator_that_cannot_be_read_costs_the_peer_alone(
     instrument: Instrument,
     patched: pytest.MonkeyPatch,

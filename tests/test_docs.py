@@ -1066,7 +1066,9 @@ def test_the_line_turns_the_latency_of_pipelines_on() -> None:
 
 
 def test_the_query_groups_by_the_attributes_of_the_table() -> None:
-    attributes = [code_in(name)[0] for name, _ in table("latency", "Measurements")]
+    attributes = [
+        code_in(name)[0] for name, _ in table("latency", "Measure the latency")
+    ]
     grouped = re.search(r"by \(le, (.+?)\)", QUERY, re.DOTALL)
     assert grouped is not None
     assert re.split(r",\s+", grouped[1]) == [

@@ -2,7 +2,7 @@
 addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("table.docutils")) {
     const columns = [...table.querySelectorAll("thead th")].map((th) => th.textContent.trim());
-    if (columns.length < 3 || table.querySelector("td.text-right")) continue;
+    if (columns.length < 2 || table.querySelector("td.text-right")) continue;
     table.classList.add("labelled");
     for (const row of table.querySelectorAll("tbody tr")) {
       [...row.cells].forEach((cell, index) => {
@@ -10,5 +10,10 @@ addEventListener("DOMContentLoaded", () => {
         cell.classList.toggle("blank", !cell.textContent.trim());
       });
     }
+  }
+  // Long names in the widest tables may break between their words.
+  for (const name of document.querySelectorAll(":is(#spans > .table-wrapper, #conformance) code .pre")) {
+    const words = name.textContent.split(/(?<=[._])/);
+    name.replaceChildren(...words.flatMap((word) => [word, document.createElement("wbr")]));
   }
 });

@@ -1,6 +1,6 @@
-"""An application without telemetry code, traced by the launcher.
+r"""An application without telemetry code, traced by the launcher.
 
-    opentelemetry-instrument --service_name shop --traces_exporter console \\
+    opentelemetry-instrument --service_name shop --traces_exporter console \
         --metrics_exporter none --logs_exporter none python examples/zero_code.py
 
 prints the send span and the process span, which are in the same trace. Without the

@@ -37,7 +37,7 @@ The modules, from the outside in; each imports only from those below it:
     _config            the settings; the only reader of variables and files
     _semconv           the names, and the release of the conventions they are from
     _safety            how failures of telemetry are kept from the application
-    _clock             the clock that durations are measured with
+    _clock             the clocks that durations are measured with
     package            the facts that OpenTelemetry's tooling reads
 
 An operation (a send, a poll, a commit, the processing of a record) goes through these

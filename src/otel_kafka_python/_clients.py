@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from otel_kafka_python import _kafka
 from otel_kafka_python._attributes import Attributes
+from otel_kafka_python._clock import Moment
 from otel_kafka_python._kafka import ClientConfig, Server
-from otel_kafka_python._operation import Kind, Moment, OperationTemplate, Receipt
+from otel_kafka_python._operation import Kind, OperationTemplate, Receipt
 from otel_kafka_python._pipeline import Received
 from otel_kafka_python._safety import report
 

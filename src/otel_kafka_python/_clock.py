@@ -1,6 +1,9 @@
-"""The clock that durations are measured with."""
+"""The clocks that durations are measured with."""
 
 import time
+
+# A moment in nanoseconds, by both clocks: since the epoch, and by the monotonic clock.
+Moment = tuple[int, int]
 
 
 class Clock:
@@ -11,4 +14,9 @@ class Clock:
     never begins by one clock and ends by another.
     """
 
-    monotonic_ns = staticmethod(time.monotonic_ns)
+    monotonic_ns = time.monotonic_ns
+
+
+def moment_at(monotonic: int) -> Moment:
+    """The moment of a recent time by the monotonic clock, in nanoseconds."""
+    return time.time_ns() - (Clock.monotonic_ns() - monotonic), monotonic

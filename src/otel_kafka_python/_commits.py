@@ -23,12 +23,11 @@ from otel_kafka_python._attributes import (
     add_message,
     peer_attributes,
 )
-from otel_kafka_python._clock import Clock
+from otel_kafka_python._clock import Clock, Moment
 from otel_kafka_python._messages import shared
 from otel_kafka_python._operation import (
     COMMIT,
     Failure,
-    Moment,
     OperationTemplate,
     PendingOperation,
 )

@@ -11,7 +11,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from otel_kafka_python._attributes import queue_seconds, queue_time_attributes
 from otel_kafka_python._clients import Client, Step
-from otel_kafka_python._clock import Clock
+from otel_kafka_python._clock import Clock, Moment, moment_at
 from otel_kafka_python._kafka import assigned_topics, iterates_by_polls
 from otel_kafka_python._messages import (
     Links,
@@ -22,7 +22,6 @@ from otel_kafka_python._messages import (
 )
 from otel_kafka_python._operation import (
     POLL,
-    Moment,
     Operation,
     OperationTemplate,
     Receipt,
@@ -318,7 +317,7 @@ class ConsumerIterator(ScopedIterator):
         plain: The result of its own `__iter__`, usually the consumer itself.
     """
 
-    __slots__ = ("_client", "_consumer", "_next", "_polls", "_started", "_wrappers")
+    __slots__ = ("_asked", "_client", "_consumer", "_next", "_polls", "_wrappers")
 
     def __init__(self, wrappers: ConsumerWrappers, consumer: Any, plain: Any) -> None:
         super().__init__()
@@ -326,7 +325,7 @@ class ConsumerIterator(ScopedIterator):
         self._consumer = consumer
         self._client = wrappers.telemetry.clients.get(consumer)
         self._polls = iterates_by_polls(consumer)
-        self._started: Moment = 0, 0
+        self._asked = 0
         found = next(
             vars(each)["__next__"]
             for each in type(plain).__mro__
@@ -340,11 +339,11 @@ class ConsumerIterator(ScopedIterator):
         else:
             self._next = plain.__next__
 
-    def _advance(self) -> Record:
+    def _advance(self, asked: int | None) -> Record:
         client = self._client
         if self._wrappers.keeps_last_open:
             self._wrappers.on_asked(client)
-        self._started = time.time_ns(), Clock.monotonic_ns()
+        self._asked = Clock.monotonic_ns() if asked is None else asked
         client.asked += 1
         around, client.step = client.step, Step.ITERATION
         try:
@@ -354,9 +353,8 @@ class ConsumerIterator(ScopedIterator):
         except Exception as error:
             # Up to 2.0, an iteration may have no poll inside.
             if client.step is not Step.FAILED:
-                self._wrappers.trace_failure(
-                    self._consumer, client, self._started, error
-                )
+                started = moment_at(self._asked)
+                self._wrappers.trace_failure(self._consumer, client, started, error)
             raise
         finally:
             client.step = around
@@ -378,7 +376,7 @@ class ConsumerIterator(ScopedIterator):
         if not self._polls:
             client.refresh()
         if not (by_loop and telemetry.config.process_spans):
-            started, ended = client.polled or (self._started, None)
+            started, ended = client.polled or (moment_at(self._asked), None)
             wrappers.receive_one(client, started, record, measured=False, ended=ended)
             if by_loop:
                 self._scope = open_unless_in_scope(telemetry, client, record, current)

@@ -26,7 +26,7 @@ from otel_kafka_python._attributes import (
     error_attributes,
     partition_attributes,
 )
-from otel_kafka_python._clock import Clock
+from otel_kafka_python._clock import Clock, Moment
 from otel_kafka_python._endings import Endable
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import MessageCounter, Tally
@@ -35,9 +35,6 @@ from otel_kafka_python._propagation import SPAN_KEY
 from otel_kafka_python._safety import call_hook, report, text_of
 from otel_kafka_python._semconv import OUTCOME_UNKNOWN
 from otel_kafka_python._span_ends import end_span
-
-# A moment in nanoseconds, by both clocks: since the epoch, and by the monotonic clock.
-Moment = tuple[int, int]
 
 
 class Kind(NamedTuple):

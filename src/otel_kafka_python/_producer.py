@@ -28,13 +28,12 @@ from otel_kafka_python._attributes import (
     peer_attributes,
 )
 from otel_kafka_python._clients import Client
-from otel_kafka_python._clock import Clock
+from otel_kafka_python._clock import Clock, Moment
 from otel_kafka_python._config import Config, ProduceHook
 from otel_kafka_python._messages import captured_headers
 from otel_kafka_python._operation import (
     SEND,
     Failure,
-    Moment,
     OperationTemplate,
     PendingOperation,
     is_recorded,
@@ -117,7 +116,8 @@ class Delivery(PendingOperation):
         # If brokers do not answer, kafka-python 3 invents offsets.
         offset = metadata.offset if self._client.is_acknowledged else None
         attributes = add_message({**known}, offset, self._key, self._size)
-        self.end(attributes, ended=ended, partition=partition, messages=1)
+        if self.claim():
+            self.end_claimed(attributes, ended=ended, partition=partition, messages=1)
 
     def _failure(self, error: BaseException | None, *, was_taken: bool) -> Failure:
         partition = _kafka.partition_number(self._partition)

@@ -26,6 +26,7 @@ from otel_kafka_python._attributes import (
 )
 from otel_kafka_python._client_metrics import observe
 from otel_kafka_python._clients import Client, Clients
+from otel_kafka_python._clock import Moment
 from otel_kafka_python._config import Config
 from otel_kafka_python._exception_events import ExceptionEvents
 from otel_kafka_python._metrics import Instruments, MessageCounter, Metrics
@@ -34,7 +35,6 @@ from otel_kafka_python._operation import (
     PROCESS,
     SEND,
     Kind,
-    Moment,
     OperationTemplate,
     RecordHook,
 )

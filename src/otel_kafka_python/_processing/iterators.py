@@ -13,6 +13,7 @@ from opentelemetry import context as otel_context
 
 from otel_kafka_python import _endings
 from otel_kafka_python._clients import Client
+from otel_kafka_python._clock import Clock
 from otel_kafka_python._messages import Record
 from otel_kafka_python._pipeline import Received
 from otel_kafka_python._processing.loops import (
@@ -47,12 +48,13 @@ class ScopedIterator:
         return self
 
     def __next__(self) -> Record:
-        scope = self._scope
+        scope, ended = self._scope, None
         if scope is not None:
             self._scope = None
-            scope.close()
+            ended = Clock.monotonic_ns()
+            scope.close(ended)
         try:
-            record = self._advance()
+            record = self._advance(ended)
             try:
                 self._hand_over(record, self._is_asked_by_loop())
             except Exception:
@@ -80,8 +82,12 @@ class ScopedIterator:
             return True
         return self._asker is Asker.GENERATOR and is_loop(frame.f_back)
 
-    def _advance(self) -> Record:
-        """Return the next record, or raise StopIteration."""
+    def _advance(self, asked: int | None) -> Record:
+        """Return the next record, or raise StopIteration.
+
+        Args:
+            asked: The time by the monotonic clock, in nanoseconds, if it is known.
+        """
         raise NotImplementedError
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
@@ -195,7 +201,7 @@ class RecordsIterator(ScopedIterator):
     def __length_hint__(self) -> int:
         return operator.length_hint(self._plain)
 
-    def _advance(self) -> Record:
+    def _advance(self, asked: int | None) -> Record:  # noqa: ARG002 (as overridden)
         return next(self._plain)
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:

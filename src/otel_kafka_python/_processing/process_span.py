@@ -16,7 +16,12 @@ from otel_kafka_python import _config
 from otel_kafka_python._messages import Record
 from otel_kafka_python._operation import PROCESS
 from otel_kafka_python._processing.iterators import Records
-from otel_kafka_python._processing.scopes import Scope, displaced_scope_of, scope_of
+from otel_kafka_python._processing.scopes import (
+    Scope,
+    context_around,
+    displaced_scope_of,
+    scope_of,
+)
 from otel_kafka_python._processing.spans import (
     enter_again,
     open_batch_scope,
@@ -104,7 +109,7 @@ class _ProcessSpan(AbstractContextManager[Span]):
                 return adopted, None
             displaced = displaced_scope_of(given)
             if displaced is not None:
-                enter_again(displaced, given, current)
+                enter_again(displaced, given, context_around(current))
                 return displaced, displaced.leave
         if self._consumer is None:
             client = telemetry.unknown_client()
@@ -117,11 +122,12 @@ class _ProcessSpan(AbstractContextManager[Span]):
         ]
         if not records:
             return None, None
+        around = context_around(current)
         if batch:
-            return _to_close(open_batch_scope(telemetry, client, records, current))
+            return _to_close(open_batch_scope(telemetry, client, records, around))
         if telemetry.consume_hook is not None:
             _pass_receipt(telemetry, records[0])
-        return _to_close(open_scope(telemetry, client, records[0], current))
+        return _to_close(open_scope(telemetry, client, records[0], around))
 
     def __exit__(
         self,

@@ -263,12 +263,17 @@ class Scope(Operation):
             dict.clear(attached)
             dict.update(attached, around)
 
-    def close(self) -> None:
-        """Leave the scope and end its operation."""
+    def close(self, ended: int | None = None) -> None:
+        """Leave the scope and end its operation.
+
+        Args:
+            ended: The end by the monotonic clock, in nanoseconds; now if None.
+        """
         try:
             self.leave()
         finally:  # also after an interrupt
-            self.end()
+            if self.claim():
+                self.end_claimed(ended=ended)
             self.messages.records = ()
 
     def drop(self, *, collected: bool) -> None:
@@ -414,6 +419,17 @@ def is_being_processed(created: SpanContext, context: Context) -> bool:
             return True
         messages = messages.outer
     return False
+
+
+def context_around(current: Context) -> Context:
+    """The context around a scope that is about to be entered.
+
+    Args:
+        current: The current context.
+    """
+    if innermost.get(None) is None:
+        return current
+    return context_around_held(context_around_ended())
 
 
 def context_around_ended() -> Context:

@@ -18,7 +18,7 @@ from opentelemetry.trace import (
 )
 
 from otel_kafka_python._clients import Client
-from otel_kafka_python._clock import Clock
+from otel_kafka_python._clock import Clock, Moment
 from otel_kafka_python._config import Config
 from otel_kafka_python._messages import (
     LazyAttributes,
@@ -27,7 +27,7 @@ from otel_kafka_python._messages import (
     describe,
     shared,
 )
-from otel_kafka_python._operation import PROCESS, Moment, OperationTemplate
+from otel_kafka_python._operation import PROCESS, OperationTemplate
 from otel_kafka_python._pipeline import (
     Arrival,
     Start,
@@ -39,8 +39,7 @@ from otel_kafka_python._pipeline import (
 from otel_kafka_python._processing.scopes import (
     Scope,
     ScopeMessages,
-    context_around_ended,
-    context_around_held,
+    context_around,
     innermost,
     scope_of,
 )
@@ -149,7 +148,7 @@ def start_without_span() -> Start | None:
 
 
 def open_scope(
-    telemetry: Telemetry, client: Client, record: Record, current: Context
+    telemetry: Telemetry, client: Client, record: Record, around: Context
 ) -> Scope | None:
     """Enter the processing of one record ("Process" spans).
 
@@ -159,7 +158,7 @@ def open_scope(
         telemetry: The telemetry that all wrappers share.
         client: The consumer, or an empty one if it is unknown.
         record: The record.
-        current: The current context.
+        around: The context around it.
 
     Returns:
         The scope, which the caller must close, or None if there is nothing to do.
@@ -168,7 +167,6 @@ def open_scope(
     if template is None:
         return None
     config, started = telemetry.config, (time.time_ns(), Clock.monotonic_ns())
-    around = _context_around(current)
     if not config.process_spans:
         return _open_measured(telemetry, client, template, (record,), started, around)
     carried, created = extract(record.headers)
@@ -215,7 +213,7 @@ def open_batch_scope(
     telemetry: Telemetry,
     client: Client,
     records: Sequence[Record],
-    current: Context,
+    around: Context,
 ) -> Scope | None:
     """Enter the processing of records as one batch ("Process" spans).
 
@@ -223,7 +221,7 @@ def open_batch_scope(
         telemetry: The telemetry that all wrappers share.
         client: The consumer, or an empty one if it is unknown.
         records: The records, at least one, none of an excluded topic.
-        current: The current context.
+        around: The context around them.
 
     Returns:
         The scope, which the caller must close, or None if there is nothing to do.
@@ -232,7 +230,6 @@ def open_batch_scope(
     template = telemetry.template(client, PROCESS, topic, partition)
     assert template is not None  # the topic is not excluded
     config, started = telemetry.config, (time.time_ns(), Clock.monotonic_ns())
-    around = _context_around(current)
     if not config.process_spans:
         return _open_measured(telemetry, client, template, records, started, around)
     attributes = template.attributes.copy()
@@ -254,15 +251,14 @@ def open_batch_scope(
     return scope
 
 
-def enter_again(scope: Scope, record: Record, current: Context) -> None:
+def enter_again(scope: Scope, record: Record, around: Context) -> None:
     """Enter the processing of a record whose scope was displaced, until `leave`.
 
     Args:
         scope: Its scope.
         record: The record.
-        current: The current context.
+        around: The context around it.
     """
-    around = _context_around(current)
     scope.enter(
         scope.messages, around, Context({**around, **extract(record.headers)[0]})
     )
@@ -272,9 +268,12 @@ def open_unless_in_scope(
     telemetry: Telemetry, client: Client, record: Record, current: Context
 ) -> Scope | None:
     """Enter the processing of one record, unless a scope accounts for it already."""
-    if innermost.get(None) is not None and scope_of(record) is not None:
-        return None
-    return open_scope(telemetry, client, record, current)
+    around = current
+    if innermost.get(None) is not None:
+        if scope_of(record) is not None:
+            return None
+        around = context_around(current)
+    return open_scope(telemetry, client, record, around)
 
 
 def _open_measured(
@@ -292,13 +291,6 @@ def _open_measured(
     scope = _new_scope(template, None, started, pipelines)
     scope.enter(ScopeMessages(records, (), around), around, around)
     return scope
-
-
-def _context_around(current: Context) -> Context:
-    """The context around a scope that is about to be entered."""
-    if innermost.get(None) is None:
-        return current
-    return context_around_held(context_around_ended())
 
 
 def _parent(config: Config, around: Context, context: Context) -> Context:

@@ -12,7 +12,7 @@ from otel_kafka_python._attributes import Attributes
 from otel_kafka_python._clock import Moment
 from otel_kafka_python._kafka import ClientConfig, Server
 from otel_kafka_python._operation import Kind, OperationTemplate, Receipt
-from otel_kafka_python._pipeline import Received
+from otel_kafka_python._pipeline import Handover
 from otel_kafka_python._safety import report
 
 _UNKNOWN = ClientConfig()
@@ -50,12 +50,12 @@ class Client:
         "bootstrap",
         "client_id",
         "group",
+        "handovers",
         "instance",
         "is_acknowledged",
         "last_records",
         "polled",
         "receipt",
-        "received",
         "runs_application_code",
         "sends_headers",
         "step",
@@ -90,7 +90,7 @@ class Client:
         self.receipt: Receipt | None = None
         # The last records that were handed over, if the latency of pipelines is
         # measured.
-        self.received: list[Received] = []
+        self.handovers: list[Handover] = []
 
     def refresh(self) -> bool:
         """Forget everything that was derived from older metadata.

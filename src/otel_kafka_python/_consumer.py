@@ -26,7 +26,7 @@ from otel_kafka_python._operation import (
     OperationTemplate,
     Receipt,
 )
-from otel_kafka_python._pipeline import Arrival, Received, start_in
+from otel_kafka_python._pipeline import Arrival, Handover, start_in
 from otel_kafka_python._processing.iterators import HeldScopes, Records, ScopedIterator
 from otel_kafka_python._processing.spans import open_unless_in_scope
 from otel_kafka_python._propagation import SPAN_KEY, extract
@@ -145,7 +145,7 @@ class ConsumerWrappers:
 
     def close_last(self, client: Client) -> None:
         """Close everything that waits for the end of the last record's processing."""
-        client.received = []
+        client.handovers = []
         if self.processes_next:
             self.held.close(client)
         client.close_receipt()
@@ -243,7 +243,7 @@ class ConsumerWrappers:
             _count_records(partition_template, polled[each], span)
             records = Records(polled[each], telemetry, client)
             if partition_template.destination is not None:
-                records.received = _received(
+                records.handover = _keep_handover(
                     client, partition_template, polled[each], span
                 )
             polled[each] = records
@@ -302,7 +302,7 @@ class ConsumerWrappers:
                 receipt.close()
         _count_records(template, [record], span)
         if template.destination is not None:
-            _received(client, template, [record], span)
+            _keep_handover(client, template, [record], span)
 
 
 class ConsumerIterator(ScopedIterator):
@@ -420,12 +420,12 @@ def _count_records(
         report("record a metric")
 
 
-def _received(
+def _keep_handover(
     client: Client,
     template: OperationTemplate,
     records: Sequence[Record],
     span: Span | None,
-) -> Received | None:
+) -> Handover | None:
     """Prepare to measure the pipelines of records that are not processed.
 
     Args:
@@ -449,6 +449,6 @@ def _received(
     if not arrivals:
         return None
     headers = [record.headers for record in records]
-    received = Received(arrivals, headers, now, span)
-    client.received.append(received)
-    return received
+    handover = Handover(arrivals, headers, now, span)
+    client.handovers.append(handover)
+    return handover

@@ -201,8 +201,8 @@ def measure(arrivals: Collection[Arrival], ended: int, context: Context | None) 
 _unprocessed: dict[int, dict[int, Arrival]] = {}
 
 
-def note_processed(headers: object) -> None:
-    """Note that a record is processed: its hand-over does not end its pipeline.
+def forget_handover(headers: object) -> None:
+    """Note that a record is processed: its handover does not end its pipeline.
 
     Args:
         headers: The record's headers.
@@ -212,7 +212,7 @@ def note_processed(headers: object) -> None:
         arrivals.pop(id(headers), None)
 
 
-class Received(_endings.Endable):
+class Handover(_endings.Endable):
     """Records that were handed to the application together.
 
     The consumer keeps this object until it is asked for more records, and so does the

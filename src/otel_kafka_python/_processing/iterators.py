@@ -15,7 +15,7 @@ from otel_kafka_python import _endings
 from otel_kafka_python._clients import Client
 from otel_kafka_python._clock import Clock
 from otel_kafka_python._messages import Record
-from otel_kafka_python._pipeline import Received
+from otel_kafka_python._pipeline import Handover
 from otel_kafka_python._processing.loops import (
     Asker,
     asker_at,
@@ -125,10 +125,10 @@ class Records(list[Record]):
         client: The consumer.
     """
 
-    __slots__ = ("_processed", "client", "received", "telemetry")
+    __slots__ = ("_processed", "client", "handover", "telemetry")
 
     # Kept as long as a loop over the records is possible, if pipelines are measured.
-    received: Received | None
+    handover: Handover | None
 
     def __init__(
         self,

@@ -32,8 +32,8 @@ from otel_kafka_python._pipeline import (
     Arrival,
     Start,
     context_with_start,
+    forget_handover,
     measure,
-    note_processed,
     start_in,
 )
 from otel_kafka_python._processing.scopes import (
@@ -71,7 +71,7 @@ def _pipelines_of(
     """
     first, arrivals = None, []
     for record, carried in messages:
-        note_processed(record.headers)
+        forget_handover(record.headers)
         start = start_in(carried, now)
         template = telemetry.template(client, PROCESS, record.topic, record.partition)
         assert template is not None  # the topic is not excluded

@@ -24,7 +24,7 @@ from otel_kafka_python._attributes import (
     peer_attributes,
 )
 from otel_kafka_python._clock import Clock, Moment
-from otel_kafka_python._messages import shared
+from otel_kafka_python._messages import shared_partition
 from otel_kafka_python._operation import (
     COMMIT,
     Failure,
@@ -359,7 +359,7 @@ class CommitWrappers:
         # Only a consumer's own `commit` may let the client choose the offsets.
         if not offsets and given is not None:
             return None
-        topic, partition = shared(offsets)
+        topic, partition = shared_partition(offsets)
         template = telemetry.template(client, COMMIT, topic, partition)
         assert template is not None  # excluded topics are left out
         started = time.time_ns(), Clock.monotonic_ns()

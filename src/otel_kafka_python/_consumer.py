@@ -18,7 +18,7 @@ from otel_kafka_python._messages import (
     Record,
     account_for,
     describe,
-    shared,
+    shared_partition,
 )
 from otel_kafka_python._operation import (
     POLL,
@@ -209,7 +209,7 @@ class ConsumerWrappers:
         traced = self._traced(client, polled)
         if not traced:
             return
-        template = self.telemetry.template(client, POLL, *shared(traced))
+        template = self.telemetry.template(client, POLL, *shared_partition(traced))
         assert template is not None  # excluded topics are left out
         client.polled = started, ended
         Operation(template, None, started).end(ended=ended)
@@ -220,7 +220,7 @@ class ConsumerWrappers:
         traced = self._traced(client, polled)
         if not traced:
             return
-        topic, partition = shared(traced)
+        topic, partition = shared_partition(traced)
         template = telemetry.template(client, POLL, topic, partition)
         assert template is not None  # excluded topics are left out
         span = None

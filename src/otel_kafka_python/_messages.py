@@ -63,7 +63,9 @@ class Record(Protocol):
         """The size of the value in bytes; -1 for a tombstone."""
 
 
-def shared(partitions: Collection[tuple[str, int]]) -> tuple[str | None, int | None]:
+def shared_partition(
+    partitions: Collection[tuple[str, int]],
+) -> tuple[str | None, int | None]:
     """The topic and the partition that all share, each None if there are several."""
     if len(partitions) == 1:
         ((topic, partition),) = partitions

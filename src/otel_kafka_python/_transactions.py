@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind
 
 from otel_kafka_python import _kafka
 from otel_kafka_python._clock import Clock
-from otel_kafka_python._messages import shared
+from otel_kafka_python._messages import shared_partition
 from otel_kafka_python._operation import Kind, PendingOperation
 from otel_kafka_python._safety import report
 from otel_kafka_python._telemetry import Telemetry
@@ -68,7 +68,7 @@ class TransactionWrappers:
             ]
             if given and not partitions:
                 return None
-            topic, partition = shared(partitions)
+            topic, partition = shared_partition(partitions)
         template = telemetry.template(client, kind, topic, partition)
         assert template is not None  # excluded topics are left out
         started = time.time_ns(), Clock.monotonic_ns()

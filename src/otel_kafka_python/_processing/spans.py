@@ -25,7 +25,7 @@ from otel_kafka_python._messages import (
     Record,
     account_for,
     describe,
-    shared,
+    shared_partition,
 )
 from otel_kafka_python._operation import PROCESS, OperationTemplate
 from otel_kafka_python._pipeline import (
@@ -226,7 +226,9 @@ def open_batch_scope(
     Returns:
         The scope, which the caller must close, or None if there is nothing to do.
     """
-    topic, partition = shared({(each.topic, each.partition) for each in records})
+    topic, partition = shared_partition(
+        {(each.topic, each.partition) for each in records}
+    )
     template = telemetry.template(client, PROCESS, topic, partition)
     assert template is not None  # the topic is not excluded
     config, started = telemetry.config, (time.time_ns(), Clock.monotonic_ns())

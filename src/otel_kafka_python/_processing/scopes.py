@@ -429,10 +429,10 @@ def context_around(current: Context) -> Context:
     """
     if innermost.get(None) is None:
         return current
-    return context_around_held(context_around_ended())
+    return context_around_held(context_around_left())
 
 
-def context_around_ended() -> Context:
+def context_around_left() -> Context:
     """The current context, or the one around the scopes in it that were left.
 
     A copy of a context (in a task or a thread) keeps a scope current after the loop has
@@ -460,7 +460,7 @@ def context_of_thread(context: Context) -> Context:
     scope = innermost.get(None)
     if scope is None or scope._thread == threading.get_ident():
         return context
-    return context_around_ended()
+    return context_around_left()
 
 
 def scope_of(record: Record) -> Scope | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from conftest import Instrument
 from otel_kafka_python import KafkaPythonInstrumentor, _client_metrics, _kafka
 from otel_kafka_python._client_metrics import NAMES
 from recorder import Log, Recorder
+from scripts import forks, needs_fork
 
 JAVA: dict[str, Any] = json.loads(
     (Path(__file__).parent / "java-agent-metrics.json").read_text()
@@ -173,6 +176,23 @@ def test_the_values_are_the_clients_own(
             for point in metric.data.data_points:
                 assert isinstance(point, NumberDataPoint)
                 assert math.isfinite(point.value)
+
+
+@forks
+@needs_fork
+@pytest.mark.one_broker
+def test_a_forked_child_does_not_export_those_of_its_parents_clients(
+    instrument: Instrument, clients: Clients, recorder: Recorder
+) -> None:
+    instrument(client_metrics=True)
+    clients_alive = work(clients)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE))  # the parent's threads may have held locks
+        os._exit(len(seen(recorder)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert seen(recorder)
+    del clients_alive
 
 
 def test_the_lag_of_each_partition_is_what_the_consumer_has_not_been_given(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from otel_kafka_python import _kafka
+from otel_kafka_python import _endings, _kafka
 from otel_kafka_python._attributes import Attributes
 from otel_kafka_python._clock import Moment
 from otel_kafka_python._kafka import ClientConfig, Server
@@ -54,6 +54,7 @@ class Client:
         "instance",
         "is_acknowledged",
         "last_records",
+        "met_in",
         "polled",
         "receipt",
         "runs_application_code",
@@ -71,6 +72,8 @@ class Client:
         self.is_acknowledged = config.is_acknowledged
         self.runs_application_code = config.runs_application_code
         self.sends_headers = sends_headers
+        # A client does not work in another process, for example in a forked child.
+        self.met_in = _endings.this_process
         # Returns the producer or consumer, or None.
         self.instance: Callable[[], Any] = lambda: None
         self._cluster = config.cluster
@@ -144,9 +147,13 @@ class Clients:
         self._known: dict[int, Client] = {}
 
     def living(self) -> list[tuple[Any, Client]]:
-        """All live producers and consumers, each with its `Client`."""
+        """The live producers and consumers of this process, each with its `Client`."""
         # Copied in one step, because other threads may add clients meanwhile.
-        found = [(client.instance(), client) for client in list(self._known.values())]
+        found = [
+            (client.instance(), client)
+            for client in list(self._known.values())
+            if client.met_in is _endings.this_process
+        ]
         return [each for each in found if each[0] is not None]
 
     def get(self, instance: Any) -> Client:

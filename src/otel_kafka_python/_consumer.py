@@ -317,7 +317,7 @@ class ConsumerIterator(ScopedIterator):
         plain: The result of its own `__iter__`, usually the consumer itself.
     """
 
-    __slots__ = ("_asked", "_client", "_consumer", "_next", "_polls", "_wrappers")
+    __slots__ = ("_began", "_client", "_consumer", "_next", "_polls", "_wrappers")
 
     def __init__(self, wrappers: ConsumerWrappers, consumer: Any, plain: Any) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class ConsumerIterator(ScopedIterator):
         self._consumer = consumer
         self._client = wrappers.telemetry.clients.get(consumer)
         self._polls = iterates_by_polls(consumer)
-        self._asked = 0
+        self._began = 0
         found = next(
             vars(each)["__next__"]
             for each in type(plain).__mro__
@@ -339,11 +339,11 @@ class ConsumerIterator(ScopedIterator):
         else:
             self._next = plain.__next__
 
-    def _advance(self, asked: int | None) -> Record:
+    def _advance(self, began: int | None) -> Record:
         client = self._client
         if self._wrappers.keeps_last_open:
             self._wrappers.on_asked(client)
-        self._asked = Clock.monotonic_ns() if asked is None else asked
+        self._began = Clock.monotonic_ns() if began is None else began
         client.asked += 1
         around, client.step = client.step, Step.ITERATION
         try:
@@ -353,7 +353,7 @@ class ConsumerIterator(ScopedIterator):
         except Exception as error:
             # Up to 2.0, an iteration may have no poll inside.
             if client.step is not Step.FAILED:
-                started = moment_at(self._asked)
+                started = moment_at(self._began)
                 self._wrappers.trace_failure(self._consumer, client, started, error)
             raise
         finally:
@@ -376,7 +376,7 @@ class ConsumerIterator(ScopedIterator):
         if not self._polls:
             client.refresh()
         if not (by_loop and telemetry.config.process_spans):
-            started, ended = client.polled or (moment_at(self._asked), None)
+            started, ended = client.polled or (moment_at(self._began), None)
             wrappers.receive_one(client, started, record, measured=False, ended=ended)
             if by_loop:
                 self._scope = open_unless_in_scope(telemetry, client, record, current)

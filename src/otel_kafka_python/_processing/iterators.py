@@ -50,8 +50,9 @@ class ScopedIterator:
     def __next__(self) -> Record:
         scope, ended = self._scope, None
         if scope is not None:
-            self._scope = None
+            # First, because an interrupt here leaves the scope to the finaliser.
             ended = Clock.monotonic_ns()
+            self._scope = None
             scope.close(ended)
         try:
             record = self._advance(ended)
@@ -82,11 +83,12 @@ class ScopedIterator:
             return True
         return self._asker is Asker.GENERATOR and is_loop(frame.f_back)
 
-    def _advance(self, asked: int | None) -> Record:
+    def _advance(self, began: int | None) -> Record:
         """Return the next record, or raise StopIteration.
 
         Args:
-            asked: The time by the monotonic clock, in nanoseconds, if it is known.
+            began: When the loop asked for it, by the monotonic clock, in nanoseconds;
+                now if None.
         """
         raise NotImplementedError
 
@@ -201,7 +203,7 @@ class RecordsIterator(ScopedIterator):
     def __length_hint__(self) -> int:
         return operator.length_hint(self._plain)
 
-    def _advance(self, asked: int | None) -> Record:  # noqa: ARG002 (as overridden)
+    def _advance(self, began: int | None) -> Record:  # noqa: ARG002 (as overridden)
         return next(self._plain)
 
     def _hand_over(self, record: Record, by_loop: bool) -> None:
